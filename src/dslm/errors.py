@@ -1,0 +1,48 @@
+"""The error tree: one class per kind of failure a user can meet, each with a hint.
+
+Library code raises these for anything the user can cause or mend. The command line prints
+``message`` and ``hint`` on one line and exits with 1; a traceback appears only with ``DSLM_DEBUG=1``.
+"""
+
+from __future__ import annotations
+
+
+class DslmError(Exception):
+    """Base of every error that dslm raises on purpose.
+
+    Args:
+        message: what happened, where, and what was expected.
+        hint: what to do about it; empty when the message already says so.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UnsupportedFamilyError(DslmError):
+    """The model's family, a tensor or a config key is not in the family tables."""
+
+
+class SizeError(DslmError):
+    """A requested size is impossible, or does not fit the command."""
+
+
+class CheckpointError(DslmError):
+    """A checkpoint is missing, damaged, unreadable or cannot be written."""
+
+
+class RecipeError(DslmError):
+    """The methods or options asked for do not fit together."""
+
+
+class VerificationError(DslmError):
+    """A resized model failed a check that was asked for."""
+
+
+class MissingExtraError(DslmError):
+    """An optional dependency is needed; the hint is the exact install line."""

@@ -1,0 +1,190 @@
+"""Sizes: the dimensions of one model, how they stand in its config, which are legal, and what they cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from math import prod
+from typing import Any
+
+from dslm.errors import SizeError
+from dslm.families import Family
+from dslm.families.family import PARTS, Config
+
+_KEYS = {
+    "hidden_size": "hidden",
+    "intermediate_size": "intermediate",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab",
+}
+FRIENDLY = (256, 128, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The dimensions of one model, under their Hugging Face config words, whatever its family calls them."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+
+    @classmethod
+    def from_config(cls, family: Family, config: Config) -> Sizes:
+        """Read the sizes out of a config.
+
+        Raises:
+            UnsupportedFamilyError: a size is missing or not a positive whole number.
+        """
+        found = family.dimensions(config)
+        return cls(**{word: found[dimension] for word, dimension in _KEYS.items()}, tied=family.is_tied(config))
+
+    def into_config(self, family: Family, config: Config) -> dict[str, Any]:
+        """``config`` with only what these sizes change changed; every other key and the order of keys stay.
+
+        A key that is absent or null stays so where the model derives the same value from the others.
+        """
+        edited = dict(config)
+        before = Sizes.from_config(family, config)
+        for word, dimension in _KEYS.items():
+            if getattr(self, word) != getattr(before, word) and dimension in family.size_keys:
+                edited[family.size_keys[dimension]] = getattr(self, word)
+        if self.tied != before.tied:
+            edited["tie_word_embeddings"] = self.tied
+        if "embedding" in family.size_keys:
+            _follow_hidden(family, config, edited)
+        derived = family.dimensions(edited)
+        for dimension, word in (("head_dim", "head_dim"), ("kv_heads", "num_key_value_heads")):
+            if dimension in family.size_keys and derived[dimension] != getattr(self, word):
+                edited[family.size_keys[dimension]] = getattr(self, word)
+        return edited
+
+    def replace(self, **changes: int | bool) -> Sizes:
+        """A copy with some sizes changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, int | bool]:
+        """The sizes by name, in a fixed order."""
+        return asdict(self)
+
+
+WORDS = tuple(field.name for field in fields(Sizes) if field.name != "tied")
+
+
+def _follow_hidden(family: Family, config: Config, edited: dict[str, Any]) -> None:
+    """Keep a table that is as wide as the stream as wide as the stream."""
+    key = family.size_keys["embedding"]
+    before = family.dimensions(config)
+    if before["embedding"] == before["hidden"] and config.get(key) is not None:
+        edited[key] = edited[family.size_keys["hidden"]]
+
+
+def check_legal(family: Family, config: Config, sizes: Sizes) -> None:
+    """Refuse sizes that no model of the family can have.
+
+    Args:
+        family: the family's table.
+        config: the config whose switches apply.
+        sizes: the sizes to judge.
+
+    Raises:
+        SizeError: a rule is broken; the message names the rule and the hint the nearest legal values.
+    """
+    for word in WORDS:
+        if getattr(sizes, word) < 1:
+            raise SizeError(f"{word} {getattr(sizes, word)} is impossible", "sizes are positive whole numbers")
+    heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
+    if "kv_heads" not in family.size_keys and heads != kv_heads:
+        raise SizeError(
+            f"{family.name} has as many key-value heads as query heads", f"ask for num_key_value_heads {heads}"
+        )
+    if heads % kv_heads:
+        nearest = _nearest(heads, lambda n: n % kv_heads == 0)
+        raise SizeError(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
+            f"nearest legal num_attention_heads: {nearest}",
+        )
+    if family.head_dim == "derived" and sizes.hidden_size != heads * sizes.head_dim:
+        raise SizeError(
+            f"{family.name} derives head_dim from hidden_size / num_attention_heads, which must stay {sizes.head_dim}:"
+            f" {sizes.hidden_size} / {heads} is not",
+            f"change both together: {_nearest_pairs(sizes)}",
+        )
+    for rule in family.rules:
+        _check_rule(rule, family, config, sizes)
+
+
+def _nearest(value: int, legal: Any, count: int = 2) -> str:
+    """The nearest legal values below and above, as text."""
+    below = next((n for n in range(value - 1, 0, -1) if legal(n)), None)
+    above = next((n for n in range(value + 1, value * 8 + 8) if legal(n)), None)
+    return " or ".join(str(n) for n in (below, above)[:count] if n is not None)
+
+
+def _nearest_pairs(sizes: Sizes) -> str:
+    below = sizes.hidden_size // sizes.head_dim
+    pairs = [(n * sizes.head_dim, n) for n in (below, below + 1) if n > 0]
+    return " or ".join(f"hidden_size {hidden} with num_attention_heads {heads}" for hidden, heads in pairs)
+
+
+_DIVIDES = re.compile(r"(\w+) % (\w+) == 0")
+_PRODUCT = re.compile(r"(\w+) == (\w+) \* (\w+)")
+
+
+def _check_rule(rule: str, family: Family, config: Config, sizes: Sizes) -> None:
+    text, _, condition = rule.partition(" if ")
+    if not family.holds(condition, config):
+        return
+    value = {dimension: getattr(sizes, word) for word, dimension in _KEYS.items()}
+    word = {dimension: word for word, dimension in _KEYS.items()}
+    if match := _DIVIDES.fullmatch(text):
+        left, right = match.groups()
+        if value[left] % value[right]:
+            nearest = _nearest(value[left], lambda n: n % value[right] == 0)
+            raise SizeError(
+                f"{family.name} needs {word[left]} to be a multiple of {word[right]}, "
+                f"and {value[left]} is not a multiple of {value[right]}",
+                f"nearest legal {word[left]}: {nearest}",
+            )
+    elif match := _PRODUCT.fullmatch(text):
+        left, first, second = match.groups()
+        if value[left] != value[first] * value[second]:
+            raise SizeError(
+                f"this {family.name} needs {word[left]} = {word[first]} x {word[second]}, "
+                f"and {value[left]} is not {value[first]} x {value[second]}",
+                f"change both together: {_nearest_pairs(sizes)}",
+            )
+    else:
+        raise AssertionError(f"rule {rule!r} of {family.name} is not in the grammar")
+
+
+def count_parameters(family: Family, config: Config) -> dict[str, int]:
+    """Exact parameters by part, and ``total``; a tied table counts once."""
+    counts = dict.fromkeys(PARTS, 0)
+    for tensor in family.layout(config).values():
+        counts[tensor.part] += prod(tensor.shape)
+    return {**counts, "total": sum(counts.values())}
+
+
+def kv_cache_bytes_per_token(sizes: Sizes, itemsize: int) -> int:
+    """Bytes that one more token of context adds to the key-value cache, before any sliding window is full.
+
+    Args:
+        sizes: the model's sizes.
+        itemsize: bytes of one cached number.
+    """
+    return 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * itemsize
+
+
+def differing(source: Sizes, target: Sizes) -> Mapping[str, tuple[Any, Any]]:
+    """What changes between two sizes: name -> (before, after)."""
+    before, after = source.as_dict(), target.as_dict()
+    return {word: (before[word], after[word]) for word in before if before[word] != after[word]}

@@ -169,8 +169,10 @@ def _check_rule(rule: str, family: Family, config: Config, sizes: Sizes) -> None
 def count_parameters(family: Family, config: Config) -> dict[str, int]:
     """Exact parameters by part, and ``total``; a tied table counts once."""
     counts = dict.fromkeys(PARTS, 0)
-    for tensor in family.layout(config).values():
-        counts[tensor.part] += prod(tensor.shape)
+    sizes = family.dimensions(config)
+    for template, spec in family.present(config):
+        repeats = sizes["layers"] if "{layer}" in template else 1
+        counts[family.parts[template]] += repeats * prod(spec.shape(sizes))
     return {**counts, "total": sum(counts.values())}
 
 

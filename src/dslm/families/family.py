@@ -129,8 +129,9 @@ class Family:
         sizes = self.dimensions(config)
         layers = sizes["layers"]
         found: dict[str, Tensor] = {}
-        in_blocks = {t: s for t, s in self._present(config) if "{layer}" in t}
-        outside = {t: s for t, s in self._present(config) if "{layer}" not in t}
+        present = self.present(config)
+        in_blocks = {t: s for t, s in present if "{layer}" in t}
+        outside = {t: s for t, s in present if "{layer}" not in t}
         after = {t for t in outside if self.parts[t] in ("norm", "head")}
         for template in (t for t in outside if t not in after):
             found[template] = self._tensor(template, outside[template], None, sizes)
@@ -142,7 +143,8 @@ class Family:
             found[template] = self._tensor(template, outside[template], None, sizes)
         return found
 
-    def _present(self, config: Config) -> list[tuple[str, TensorSpec]]:
+    def present(self, config: Config) -> list[tuple[str, TensorSpec]]:
+        """Name templates of the tensors that a model with this config has, each with its axes."""
         return [
             (template, spec)
             for template, alternatives in self.tensors.items()

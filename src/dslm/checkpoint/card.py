@@ -1,0 +1,66 @@
+"""The model card of an output: what it was, what was done, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+import yaml
+
+from dslm.plan import Plan
+from dslm.sizes import differing
+
+
+def command_of(plan: Plan) -> str:
+    """The command that makes this plan again, without the places of files."""
+    words = [f"dslm up {plan.model}"]
+    for size, (_, after) in differing(plan.source, plan.target).items():
+        words.append("--untie" if size == "tied" else f"--{size.replace('_', '-')} {after}")
+    words.append(f"--method {next(iter(plan.methods.values()), 'hypercloning')}")
+    words.append(f"--split {plan.split}" if plan.snr_db is None else f"--snr-db {plan.snr_db:g}")
+    words.append(f"--seed {plan.seed}")
+    if plan.dtype is not None:
+        words.append(f"--dtype {plan.dtype.lower()}")
+    return " ".join(words)
+
+
+def render_card(
+    name: str,
+    plan: Plan,
+    counts: tuple[int, int],
+    sources: Mapping[str, str],
+    source_metadata: Mapping[str, Any],
+    measured: Mapping[str, str],
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        name: of the output.
+        plan: what was done.
+        counts: parameters before and after.
+        sources: method -> URL of its paper.
+        source_metadata: front matter of the source's card, for its licence and languages.
+        measured: what was measured about the output, label -> text.
+    """
+    is_hub_id = plan.model.count("/") == 1 and not plan.model.startswith((".", "/"))
+    metadata: dict[str, Any] = {"base_model": plan.model} if is_hub_id else {}
+    for key in ("license", "license_name", "license_link", "language"):
+        if key in source_metadata:
+            metadata[key] = source_metadata[key]
+    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dslm", "resized"]}
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    text = (resources.files("dslm.checkpoint") / "card.md.jinja").read_text(encoding="utf-8")
+    return template.from_string(text).render(
+        name=name,
+        plan=plan,
+        link=f"https://huggingface.co/{plan.model}" if is_hub_id else "",
+        before=counts[0],
+        after=counts[1],
+        changes=differing(plan.source, plan.target),
+        sources=sources,
+        command=command_of(plan),
+        measured=measured,
+        front_matter=yaml.safe_dump(metadata, sort_keys=False),
+    )

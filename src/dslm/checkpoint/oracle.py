@@ -1,0 +1,48 @@
+"""What the stock transformers class would save for a config: the reference for names, shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dslm.errors import CheckpointError, SizeError
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names on disk and shapes of every tensor, from the model class on the meta device: no memory, no weights.
+
+    Raises:
+        SizeError: the config class refuses the config.
+    """
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        parsed = AutoConfig.for_model(config["model_type"], **values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(parsed)
+    except (ValueError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise SizeError(f"transformers refuses these sizes: {reason}", "choose others") from error
+    state = revert_weight_conversion(model, dict(model.state_dict()))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
+
+
+def check_against_oracle(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a checkpoint is exactly what the stock class expects.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape. That is a bug in a family table.
+        SizeError: the config class refuses the config.
+    """
+    expected = expected_shapes(config)
+    for name in sorted(set(expected) | set(shapes)):
+        if expected.get(name) != shapes.get(name):
+            raise CheckpointError(
+                f"{name!r} is {shapes.get(name)} here and {expected.get(name)} in transformers",
+                "nothing was written; please report this",
+            )

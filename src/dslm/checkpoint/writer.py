@@ -1,0 +1,207 @@
+"""Writing a checkpoint as a stream: header first, one piece of one tensor in memory, all or nothing on disk.
+
+safetensors itself has no incremental writer. Every size is known from the plan, so each shard's header goes first and
+the data follows in header order. The folder is built beside its final place and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
+
+from dslm.checkpoint.headers import ITEMSIZE
+from dslm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor to be written: its name, safetensors dtype code and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+def check_output(out: Path, source: Path | None, nbytes: int, *, overwrite: bool) -> None:
+    """Refuse an output place before anything is written.
+
+    Args:
+        out: where the checkpoint is to go.
+        source: folder of the source, which must stay untouched.
+        nbytes: bytes that will be written.
+        overwrite: an existing folder may be replaced.
+
+    Raises:
+        CheckpointError: the place is taken, is or touches the source, or has too little room.
+    """
+    place = out.resolve()
+    if source is not None:
+        origin = source.resolve()
+        if place == origin or origin in place.parents or place in origin.parents:
+            raise CheckpointError(f"output {out} would touch the source {source}", "write somewhere else with -o")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"output {out} is a file", "write somewhere else with -o")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise CheckpointError(f"output {out} exists and is not empty", "choose another with -o, or give --overwrite")
+    parent = next(p for p in (place.parent, *place.parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise CheckpointError(f"cannot write into {parent}", "choose another place with -o")
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise CheckpointError(
+            f"not enough disk: the output needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free",
+            "free some space or choose another place with -o",
+        )
+
+
+class Writer:
+    """A checkpoint being written; a context manager that leaves the finished folder, or nothing.
+
+    Args:
+        out: final folder.
+        tensors: everything that will be written. They are laid out widest dtype first, for alignment.
+        shard_bytes: a new shard starts before one would grow past this many bytes.
+    """
+
+    def __init__(self, out: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> None:
+        self.out = out
+        self.folder = out.parent / f".{out.name}.{os.getpid()}.partial"
+        order = sorted(tensors, key=lambda t: -ITEMSIZE[t.dtype])
+        self._shards = _shards(order, shard_bytes)
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Writer:
+        self.folder.mkdir(parents=True)
+        return self
+
+    @property
+    def order(self) -> list[tuple[Path, list[Planned]]]:
+        """Shards in the order in which they must be written, with the tensors of each in order."""
+        if len(self._shards) == 1:
+            names = ["model.safetensors"]
+        else:
+            names = [f"model-{i:05}-of-{len(self._shards):05}.safetensors" for i in range(1, len(self._shards) + 1)]
+        return [(self.folder / name, tensors) for name, tensors in zip(names, self._shards, strict=True)]
+
+    def start_shard(self, path: Path, tensors: Sequence[Planned]) -> None:
+        """Open a shard and write its header."""
+        self._end_shard()
+        self._file = path.open("wb", buffering=0)
+        self._file.write(_header(tensors))
+
+    def write(self, tensor: Planned, pieces: Iterable[torch.Tensor]) -> None:
+        """Write the next tensor of the shard, as consecutive pieces of it in its dtype."""
+        import torch
+
+        assert self._file is not None, "start_shard comes first"
+        written = 0
+        for piece in pieces:
+            view = memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
+            while view:
+                count = self._file.write(view)
+                view, written = view[count:], written + count
+        assert written == tensor.nbytes, f"{tensor.name}: {written} bytes of {tensor.nbytes}"
+
+    def add_text(self, name: str, text: str) -> None:
+        """Write a text file beside the weights."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def add_copy(self, path: Path) -> None:
+        """Copy a file of the source byte for byte."""
+        shutil.copyfile(path, self.folder / path.name)
+
+    def _end_shard(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def finish(self) -> None:
+        """Write the index where there are several shards, sync, and move the folder to its place."""
+        self._end_shard()
+        if len(self._shards) > 1:
+            shards = self.order
+            total = sum(t.nbytes for _, tensors in shards for t in tensors)
+            weight_map = {t.name: path.name for path, tensors in shards for t in tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            self.add_text(INDEX, json.dumps(index, indent=2) + "\n")
+        for path in self.folder.iterdir():
+            if path.suffix != ".safetensors":
+                _sync(path)
+        _sync(self.folder)
+        self._move_into_place()
+        _sync(self.out.parent)
+
+    def _move_into_place(self) -> None:
+        if not self.out.exists():
+            self.folder.rename(self.out)
+            return
+        old = self.folder.with_suffix(".old")
+        self.out.rename(old)
+        try:
+            self.folder.rename(self.out)
+        except OSError:
+            old.rename(self.out)
+            raise
+        shutil.rmtree(old)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def _header(tensors: Sequence[Planned]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        stop = position + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

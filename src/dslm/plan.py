@@ -64,7 +64,9 @@ class Plan:
             values["source"], values["target"] = Sizes(**values["source"]), Sizes(**values["target"])
             return cls(**values)
         except OSError as error:
-            raise RecipeError(f"cannot read {path}: {error.strerror}", "write one with dslm plan --yaml") from error
+            raise RecipeError(
+                f"cannot read {path}: {error.strerror}", "write one with dslm plan --yaml"
+            ) from error
         except (yaml.YAMLError, TypeError, KeyError) as error:
             raise RecipeError(f"{path} is not a plan: {error}", "write one with dslm plan --yaml") from error
 
@@ -137,8 +139,6 @@ def check_growth(source: Sizes, target: Sizes) -> None:
                 f"{word} {after} is smaller than the source's {before}", "up only grows; dslm down shrinks"
             )
         if word not in _GROWN and after != before:
-            raise SizeError(
-                f"{word} cannot change from {before} to {after}", f"up grows {', '.join(_GROWN)}"
-            )
+            raise SizeError(f"{word} cannot change from {before} to {after}", f"up grows {', '.join(_GROWN)}")
     if target.tied and not source.tied:
         raise SizeError("two separate tables cannot become a tied one", "leave tie_word_embeddings as it is")

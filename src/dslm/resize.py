@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -18,6 +19,7 @@ from dslm.checkpoint.config import card_metadata, config_text, files_to_copy, wi
 from dslm.checkpoint.oracle import check_against_oracle
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned, Writer, check_output
+from dslm.errors import CheckpointError
 from dslm.families import Family, Tensor
 from dslm.grow import METHODS
 from dslm.grow.apply import grown_rows
@@ -27,6 +29,7 @@ from dslm.plan import Plan
 from dslm.sizes import count_parameters
 
 Progress = Callable[[str, int, int], None]
+Check = Callable[[Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,13 @@ def resize(
     out: Path,
     *,
     overwrite: bool = False,
+    check: Check | None = None,
     progress: Progress | None = None,
 ) -> Resized:
     """Write the checkpoint that a plan describes.
+
+    The stock architecture is consulted on the meta device while the weights are streamed; its import takes longer
+    than the growth of a small model.
 
     Memory stays at a few pieces of one tensor (`dslm.grow.apply.CHUNK_BYTES`), whatever the model's size. The
     output appears whole or not at all, and is the same bytes for the same plan.
@@ -67,6 +74,8 @@ def resize(
         plan: what to make of it.
         out: folder to write.
         overwrite: replace an existing folder.
+        check: given the finished checkpoint before it takes its place, returns what it measured; what it raises
+            keeps the checkpoint from appearing.
         progress: called with a label, bytes done and bytes in all.
 
     Raises:
@@ -80,10 +89,11 @@ def resize(
     planned = [_planned(source, tensor, plan) for tensor in layout.values()]
     total = sum(tensor.nbytes for tensor in planned)
     check_output(out, source.folder, total, overwrite=overwrite)
-    check_against_oracle(config, {tensor.name: tensor.shape for tensor in layout.values()})
     parameters = _count(source.family, source.config), _count(source.family, config)
+    shapes = {tensor.name: tensor.shape for tensor in layout.values()}
     done = 0
-    with Writer(out, planned) as writer:
+    with Writer(out, planned) as writer, ThreadPoolExecutor(1) as beside:
+        judged = beside.submit(check_against_oracle, config, shapes)
         for path, tensors in writer.order:
             writer.start_shard(path, tensors)
             for target in tensors:
@@ -91,8 +101,12 @@ def resize(
                 done += target.nbytes
                 if progress is not None:
                     progress("growing", done, total)
-        _write_small_files(writer, source, plan, config, parameters)
-        writer.finish()
+        _copy_small_files(writer, source, config)
+        judged.result()
+        writer.seal()
+        measured = check(writer.folder) if check is not None else {}
+        _write_record(writer, source, plan, parameters, measured)
+        writer.publish()
     return Resized(folder=out, parameters=parameters, nbytes=total)
 
 
@@ -113,31 +127,52 @@ def _grown(
         tensor,
         growth.tensor_map(tensor),
         source.entries[origin].shape[0],
-        partial(source.read_rows, origin),
+        partial(_read_finite, source, origin),
         torch_dtype(target.dtype),
         split,
         plan.seed,
     )
 
 
-def _write_small_files(
-    writer: Writer, source: Checkpoint, plan: Plan, config: Mapping[str, Any], parameters: tuple[int, int]
-) -> None:
-    """Config, card, record of the plan, and everything of the source that a resize does not change."""
+def _read_finite(source: Checkpoint, name: str, start: int, stop: int) -> torch.Tensor:
+    """Rows of a source tensor, which must be numbers: a NaN would spread to every copy."""
+    rows = source.read_rows(name, start, stop)
+    low, high = torch.aminmax(rows)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise CheckpointError(
+            f"{source.name}: {name!r} holds NaN or infinite numbers in rows {start} to {stop - 1}",
+            "the checkpoint is broken; use one from before that",
+        )
+    return rows
+
+
+def _copy_small_files(writer: Writer, source: Checkpoint, config: Mapping[str, Any]) -> None:
+    """The edited config, and everything of the source that a resize does not change."""
     assert source.folder is not None, "weights were read, so there is a folder"
     for path in files_to_copy(source.folder):
         writer.add_copy(path)
     writer.add_text("config.json", config_text(config))
+
+
+def _write_record(
+    writer: Writer, source: Checkpoint, plan: Plan, parameters: tuple[int, int], measured: Mapping[str, Any]
+) -> None:
+    """The card for people and the record for programs."""
+    assert source.folder is not None, "weights were read, so there is a folder"
     citations = {name: method.source for name, method in METHODS.items()}
-    card = render_card(writer.out.name, plan, parameters, citations, card_metadata(source.folder), {})
+    metadata_before = card_metadata(source.folder)
+    card = render_card(writer.out.name, plan, parameters, citations, metadata_before, measured)
     writer.add_text("README.md", card)
     record = {
         "schema": 1,
         "command": command_of(plan),
         "plan": plan.as_dict(),
         "parameters": {"before": parameters[0], "after": parameters[1]},
+        "measured": dict(measured),
         "source": {"headers_sha256": _headers_hash(source)},
-        "versions": {name: metadata.version(name) for name in ("dslm", "torch", "transformers", "safetensors")},
+        "versions": {
+            name: metadata.version(name) for name in ("dslm", "torch", "transformers", "safetensors")
+        },
     }
     writer.add_text("dslm.json", json.dumps(record, indent=2) + "\n")
 

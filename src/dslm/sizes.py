@@ -45,7 +45,9 @@ class Sizes:
             UnsupportedFamilyError: a size is missing or not a positive whole number.
         """
         found = family.dimensions(config)
-        return cls(**{word: found[dimension] for word, dimension in _KEYS.items()}, tied=family.is_tied(config))
+        return cls(
+            **{word: found[dimension] for word, dimension in _KEYS.items()}, tied=family.is_tied(config)
+        )
 
     def into_config(self, family: Family, config: Config) -> dict[str, Any]:
         """``config`` with only what these sizes change changed; every other key and the order of keys stay.
@@ -61,10 +63,10 @@ class Sizes:
             edited["tie_word_embeddings"] = self.tied
         if "embedding" in family.size_keys:
             _follow_hidden(family, config, edited)
-        derived = family.dimensions(edited)
-        for dimension, word in (("head_dim", "head_dim"), ("kv_heads", "num_key_value_heads")):
-            if dimension in family.size_keys and derived[dimension] != getattr(self, word):
-                edited[family.size_keys[dimension]] = getattr(self, word)
+        for dimension, word in (("kv_heads", "num_key_value_heads"), ("head_dim", "head_dim")):
+            key = family.size_keys.get(dimension)
+            if key is not None and family.resolve(edited)[key] != getattr(self, word):
+                edited[key] = getattr(self, word)
         return edited
 
     def replace(self, **changes: int | bool) -> Sizes:
@@ -100,11 +102,14 @@ def check_legal(family: Family, config: Config, sizes: Sizes) -> None:
     """
     for word in WORDS:
         if getattr(sizes, word) < 1:
-            raise SizeError(f"{word} {getattr(sizes, word)} is impossible", "sizes are positive whole numbers")
+            raise SizeError(
+                f"{word} {getattr(sizes, word)} is impossible", "sizes are positive whole numbers"
+            )
     heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
     if "kv_heads" not in family.size_keys and heads != kv_heads:
         raise SizeError(
-            f"{family.name} has as many key-value heads as query heads", f"ask for num_key_value_heads {heads}"
+            f"{family.name} has as many key-value heads as query heads",
+            f"ask for num_key_value_heads {heads}",
         )
     if heads % kv_heads:
         nearest = _nearest(heads, lambda n: n % kv_heads == 0)

@@ -1,0 +1,1 @@
+"""Checkpoints: a lazy reader, and a streaming writer."""

@@ -49,8 +49,14 @@ def render_card(
     for key in ("license", "license_name", "license_link", "language"):
         if key in source_metadata:
             metadata[key] = source_metadata[key]
-    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dslm", "resized"]}
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    metadata |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dslm", "resized"],
+    }
+    template = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
     text = (resources.files("dslm.checkpoint") / "card.md.jinja").read_text(encoding="utf-8")
     return template.from_string(text).render(
         name=name,

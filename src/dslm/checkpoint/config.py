@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-
 _NOT_COPIED = re.compile(
     r"config\.json|README\.md|dslm\.json|.*\.safetensors|.*\.safetensors\.index\.json|.*\.index\.json"
     r"|.*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|ot|py|partial|lock)|\..*",
@@ -49,5 +48,3 @@ def card_metadata(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return found if isinstance(found, dict) else {}
-
-

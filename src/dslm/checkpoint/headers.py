@@ -70,7 +70,9 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise _damaged(path, f"its header claims {length} bytes in a file of {size}")
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}", "check the path and its permissions"
+        ) from error
     try:
         header = json.loads(raw)
     except ValueError as error:
@@ -92,9 +94,13 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
         raise _damaged(path, f"the header entry of {name!r} has a size that is not a whole number")
     itemsize = ITEMSIZE.get(dtype) or _OTHER_ITEMSIZE.get(dtype)
     if itemsize is None:
-        raise CheckpointError(f"{path}: {name!r} has dtype {dtype!r}", "only F64, F32, F16 and BF16 weights are resized")
+        raise CheckpointError(
+            f"{path}: {name!r} has dtype {dtype!r}", "only F64, F32, F16 and BF16 weights are resized"
+        )
     if stop - start != prod(shape) * itemsize:
-        raise _damaged(path, f"{name!r} of shape {list(shape)} in {dtype} does not fill its {stop - start} bytes")
+        raise _damaged(
+            path, f"{name!r} of shape {list(shape)} in {dtype} does not fill its {stop - start} bytes"
+        )
     return Entry(name=name, dtype=dtype, shape=shape, file=path, start=base + start, stop=base + stop)
 
 
@@ -129,7 +135,9 @@ def read_index(path: Path) -> dict[str, Path]:
         raise CheckpointError(f"{path} has no usable weight_map", "download it again")
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{path} names a shard outside its folder: {name!r}", "this file is not trustworthy")
+            raise CheckpointError(
+                f"{path} names a shard outside its folder: {name!r}", "this file is not trustworthy"
+            )
         if not (path.parent / name).is_file():
             raise CheckpointError(f"{path} names a shard that is missing: {name!r}", "download it again")
     return {tensor: path.parent / name for tensor, name in weight_map.items()}
@@ -144,7 +152,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}", "check the path and its permissions"
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}", "download or copy it again") from error
     if not isinstance(value, dict):

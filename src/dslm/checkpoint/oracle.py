@@ -27,9 +27,9 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     except (ValueError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise SizeError(f"transformers refuses these sizes: {reason}", "choose others") from error
-    state = revert_weight_conversion(model, dict(model.state_dict()))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
 def check_against_oracle(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

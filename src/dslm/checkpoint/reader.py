@@ -77,7 +77,9 @@ class Checkpoint:
 
     def _fill(self, entry: Entry, buffer: bytearray, position: int) -> None:
         if entry.file is None:
-            raise CheckpointError(f"only the description of {self.name} was fetched", "open it with its weights")
+            raise CheckpointError(
+                f"only the description of {self.name} was fetched", "open it with its weights"
+            )
         handle = self._files.get(entry.file)
         if handle is None:
             handle = self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
@@ -85,7 +87,9 @@ class Checkpoint:
         while view:
             count = os.preadv(handle, [view], position)
             if count <= 0:
-                raise CheckpointError(f"{entry.file} ended while {entry.name!r} was read", "has it been changed?")
+                raise CheckpointError(
+                    f"{entry.file} ended while {entry.name!r} was read", "has it been changed?"
+                )
             view, position = view[count:], position + count
 
     def close(self) -> None:
@@ -115,7 +119,9 @@ def open_folder(folder: Path, name: str | None = None) -> Checkpoint:
         UnsupportedFamilyError: the family, a config key or a tensor is unknown.
     """
     if not folder.exists():
-        raise CheckpointError(f"{folder} does not exist", "give a checkpoint folder, a hub id or a .gguf file")
+        raise CheckpointError(
+            f"{folder} does not exist", "give a checkpoint folder, a hub id or a .gguf file"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", "give the folder that holds config.json")
     if not (folder / "config.json").is_file():
@@ -153,12 +159,16 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     for file in files:
         for tensor, entry in read_header(file).items():
             if tensor in entries:
-                raise CheckpointError(f"{tensor!r} is in {entries[tensor].file} and in {file}", "download it again")
+                raise CheckpointError(
+                    f"{tensor!r} is in {entries[tensor].file} and in {file}", "download it again"
+                )
             entries[tensor] = entry
     if index.is_file():
         for tensor, file in weight_map.items():
             if tensor not in entries or entries[tensor].file != file:
-                raise CheckpointError(f"{index} says {tensor!r} is in {file.name}, and it is not", "download it again")
+                raise CheckpointError(
+                    f"{index} says {tensor!r} is in {file.name}, and it is not", "download it again"
+                )
     return entries
 
 

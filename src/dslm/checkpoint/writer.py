@@ -56,11 +56,15 @@ def check_output(out: Path, source: Path | None, nbytes: int, *, overwrite: bool
     if source is not None:
         origin = source.resolve()
         if place == origin or origin in place.parents or place in origin.parents:
-            raise CheckpointError(f"output {out} would touch the source {source}", "write somewhere else with -o")
+            raise CheckpointError(
+                f"output {out} would touch the source {source}", "write somewhere else with -o"
+            )
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"output {out} is a file", "write somewhere else with -o")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"output {out} exists and is not empty", "choose another with -o, or give --overwrite")
+        raise CheckpointError(
+            f"output {out} exists and is not empty", "choose another with -o, or give --overwrite"
+        )
     parent = next(p for p in (place.parent, *place.parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"cannot write into {parent}", "choose another place with -o")
@@ -98,7 +102,9 @@ class Writer:
         if len(self._shards) == 1:
             names = ["model.safetensors"]
         else:
-            names = [f"model-{i:05}-of-{len(self._shards):05}.safetensors" for i in range(1, len(self._shards) + 1)]
+            names = [
+                f"model-{i:05}-of-{len(self._shards):05}.safetensors" for i in range(1, len(self._shards) + 1)
+            ]
         return [(self.folder / name, tensors) for name, tensors in zip(names, self._shards, strict=True)]
 
     def start_shard(self, path: Path, tensors: Sequence[Planned]) -> None:
@@ -114,7 +120,7 @@ class Writer:
         assert self._file is not None, "start_shard comes first"
         written = 0
         for piece in pieces:
-            view = memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
+            view = piece.contiguous().view(-1).view(torch.uint8).numpy().data
             while view:
                 count = self._file.write(view)
                 view, written = view[count:], written + count
@@ -134,8 +140,8 @@ class Writer:
             self._file.close()
             self._file = None
 
-    def finish(self) -> None:
-        """Write the index where there are several shards, sync, and move the folder to its place."""
+    def seal(self) -> None:
+        """Close the last shard and write the index where there are several."""
         self._end_shard()
         if len(self._shards) > 1:
             shards = self.order
@@ -143,6 +149,9 @@ class Writer:
             weight_map = {t.name: path.name for path, tensors in shards for t in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             self.add_text(INDEX, json.dumps(index, indent=2) + "\n")
+
+    def publish(self) -> None:
+        """Sync everything and move the folder to its place."""
         for path in self.folder.iterdir():
             if path.suffix != ".safetensors":
                 _sync(path)

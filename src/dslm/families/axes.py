@@ -139,7 +139,8 @@ def parse_line(text: str) -> TensorSpec:
             roles = Role.READ, Role.WRITE
         if not arrow:
             raise UnsupportedFamilyError(
-                f"table line {text!r} has no direction", "write 'out <- in', 'in -> out', 'gain x', 'shift x' or 'bias x'"
+                f"table line {text!r} has no direction",
+                "write 'out <- in', 'in -> out', 'gain x', 'shift x' or 'bias x'",
             )
         axes = tuple(
             _parse_axis(side, role, text, normed=normed and role is Role.WRITE)
@@ -157,7 +158,9 @@ def _parse_block(text: str, line: str) -> Block:
     inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
     words = inner.split()
     if not words or (len(words) > 1 and inner is text):
-        raise UnsupportedFamilyError(f"table line {line!r}: {text!r} is not an axis", "merge dimensions with ( )")
+        raise UnsupportedFamilyError(
+            f"table line {line!r}: {text!r} is not an axis", "merge dimensions with ( )"
+        )
     for word in words:
         if not _WORD.fullmatch(word) or (not word.isdigit() and word not in DIMENSIONS):
             raise UnsupportedFamilyError(

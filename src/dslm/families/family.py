@@ -91,7 +91,10 @@ class Family:
     parts: Mapping[str, str]
 
     def resolve(self, config: Config) -> dict[str, Any]:
-        """``config`` with absent keys at the family's defaults and empty sizes derived as the model derives them."""
+        """``config`` with absent keys at the family's defaults and empty sizes derived as the model derives them.
+
+        ``rope_type`` is brought up from wherever the config's version keeps it.
+        """
         resolved = {**self.defaults, **config}
         keys = self.size_keys
         if "kv_heads" in keys and resolved.get(keys["kv_heads"]) is None:
@@ -100,7 +103,8 @@ class Family:
             resolved[keys["head_dim"]] = resolved[keys["hidden"]] // resolved[keys["heads"]]
         if "embedding" in keys and resolved.get(keys["embedding"]) is None:
             resolved[keys["embedding"]] = resolved[keys["hidden"]]
-        return resolved
+        rope = resolved.get("rope_parameters") or resolved.get("rope_scaling") or {}
+        return resolved | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
     def dimensions(self, config: Config) -> dict[str, int]:
         """Size of every axis word for a model with this config.
@@ -113,7 +117,9 @@ class Family:
         for dimension, key in self.size_keys.items():
             value = resolved[key]
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UnsupportedFamilyError(f"config key {key!r} is {value!r}", "it must be a positive whole number")
+                raise UnsupportedFamilyError(
+                    f"config key {key!r} is {value!r}", "it must be a positive whole number"
+                )
             found[dimension] = value
         found.setdefault("kv_heads", found["heads"])
         found.setdefault("head_dim", found["hidden"] // found["heads"])
@@ -122,7 +128,9 @@ class Family:
     def holds(self, condition: str, config: Config) -> bool:
         """Whether a condition of the table holds for ``config`` (an empty one always does)."""
         resolved = self.resolve(config)
-        return all(_clause_holds(clause.strip(), resolved) for clause in condition.split(" and ") if clause.strip())
+        return all(
+            _clause_holds(clause.strip(), resolved) for clause in condition.split(" and ") if clause.strip()
+        )
 
     def layout(self, config: Config) -> dict[str, Tensor]:
         """Every tensor a model with this config has on disk, in a fixed order: name -> `Tensor`."""
@@ -178,7 +186,8 @@ class Family:
         architectures = config.get("architectures")
         if architectures and self.architecture not in architectures:
             raise UnsupportedFamilyError(
-                f"architecture {architectures[0]!r} is not {self.architecture!r}", "only causal language models are resized"
+                f"architecture {architectures[0]!r} is not {self.architecture!r}",
+                "only causal language models are resized",
             )
         unknown = sorted(k for k, v in config.items() if k not in self.known_keys and v is not None)
         if unknown:
@@ -197,7 +206,8 @@ class Family:
             value = config.get(key)
             if isinstance(value, list) and len(value) != layers:
                 raise UnsupportedFamilyError(
-                    f"config key {key!r} has {len(value)} entries for {layers} layers", "one per layer is expected"
+                    f"config key {key!r} has {len(value)} entries for {layers} layers",
+                    "one per layer is expected",
                 )
 
 
@@ -208,7 +218,7 @@ def _clause_holds(clause: str, resolved: Config) -> bool:
     match = _COMPARISON.fullmatch(clause)
     if match:
         left, operator, right = match.groups()
-        return (resolved[left] == resolved[right]) is (operator == "==")
+        return (resolved[left] == resolved.get(right, right)) is (operator == "==")
     if clause.startswith("not "):
         return not resolved[clause.removeprefix("not ")]
     return bool(resolved[clause])
@@ -236,7 +246,14 @@ def load_family(name: str) -> Family:
     keys = table["config"]
     listed = [*common["inert"], *common["kept"], *keys.get("inert", ()), *keys.get("kept", ())]
     per_layer = tuple(keys.get("per_layer", ()))
-    known = {*listed, *per_layer, *keys.get("only", ()), *table["sizes"].values(), *table["defaults"], "quantization_config"}
+    known = {
+        *listed,
+        *per_layer,
+        *keys.get("only", ()),
+        *table["sizes"].values(),
+        *table["defaults"],
+        "quantization_config",
+    }
     lines = {
         template: (part, (line,) if isinstance(line, str) else tuple(line))
         for part, group in table["tensors"].items()
@@ -263,7 +280,9 @@ def load_family(name: str) -> Family:
         known_keys=frozenset(known),
         per_layer=per_layer,
         only=keys.get("only", {}),
-        tensors={template: tuple(map(parse_line, alternatives)) for template, (_, alternatives) in lines.items()},
+        tensors={
+            template: tuple(map(parse_line, alternatives)) for template, (_, alternatives) in lines.items()
+        },
         parts={template: part for template, (part, _) in lines.items()},
     )
 

@@ -68,7 +68,9 @@ def _gather(row_map: AxisMap | None, start: int, stop: int, read: ReadRows) -> t
 
 def _mean_row(read: ReadRows, rows: int, step: int) -> torch.Tensor:
     """Mean over the rows of the source, in float64: what a LayerNorm downstream takes off anyway."""
-    total = sum((read(i, min(i + step, rows)).double().sum(dim=0) for i in range(0, rows, step)), torch.zeros(()))
+    total = sum(
+        (read(i, min(i + step, rows)).double().sum(dim=0) for i in range(0, rows, step)), torch.zeros(())
+    )
     return torch.as_tensor(total) / rows
 
 
@@ -121,7 +123,12 @@ def _only_copies(tensor: Tensor, what: TensorMap) -> bool:
     """Whether the rows, as gathered, are already the result."""
     row_map = what.axes[0]
     columns_stay = len(what.axes) == 1 or what.axes[1] is None
-    return columns_stay and what.factor == 1.0 and row_map is not None and not (row_map.scaled or row_map.new.any())
+    return (
+        columns_stay
+        and what.factor == 1.0
+        and row_map is not None
+        and not (row_map.scaled or row_map.new.any())
+    )
 
 
 def _write_columns(

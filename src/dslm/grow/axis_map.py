@@ -93,7 +93,9 @@ def weighted_copies(source: NDArray[np.int64], size: int) -> AxisMap:
     return AxisMap(size=size, source=source, new=np.zeros(len(source), dtype=bool), amplitude=amplitude)
 
 
-def padded(size: int, target: int, *, tiles: int = 1, new_writes: bool, normed: bool, centred: bool = False) -> AxisMap:
+def padded(
+    size: int, target: int, *, tiles: int = 1, new_writes: bool, normed: bool, centred: bool = False
+) -> AxisMap:
     """``tiles`` whole copies followed by new entries.
 
     Args:

@@ -75,7 +75,8 @@ class Growth:
         blocks = []
         for block in axis.blocks:
             factors = [
-                identity(f) if isinstance(f, int) else self._dimension_map(f, normed=normed) for f in block.factors
+                identity(f) if isinstance(f, int) else self._dimension_map(f, normed=normed)
+                for f in block.factors
             ]
             blocks.append(merged(factors))
         if not any(f in self.maps for block in axis.blocks for f in block.factors):
@@ -137,14 +138,13 @@ def _table_is_on_stream(family: Family, config: Config) -> bool:
 def _check_stream(family: Family, config: Config, plan: Plan, stream: AxisMap) -> None:
     """Refuse growth of the stream where no exact one exists."""
     source, target = plan.source.hidden_size, plan.target.hidden_size
-    multiples = f"nearest whole multiples: {target // source * source or source} or {(target // source + 1) * source}"
+    whole = [n for n in (target // source * source, (target // source + 1) * source) if n > source]
+    multiples = f"take --method hypercloning and a whole multiple, hidden_size {' or '.join(map(str, whole))}"
     on_stream = _table_is_on_stream(family, config)
     if stream.new.any() and not family.holds(family.norm_on_read, config):
         raise SizeError(
-            f"this {family.name} reads its stream outside a norm, so hidden_size grows by whole copies only, "
-            f"and {target} is not a multiple of {source}" if target % source else
-            f"this {family.name} reads its stream outside a norm, so its hidden_size cannot be padded",
-            f"{multiples}, with --method hypercloning",
+            f"this {family.name} reads its stream outside a norm, so hidden_size {source} grows by whole copies only",
+            multiples,
         )
     if not (plan.target.tied and on_stream):
         return
@@ -155,8 +155,8 @@ def _check_stream(family: Family, config: Config, plan: Plan, stream: AxisMap) -
         )
     if stream.centred:
         raise RecipeError(
-            f"a tied {family.name} table cannot lose its mean, which hidden_size {source} -> {target} needs under LayerNorm",
-            f"separate the tables with --untie, or take a whole multiple ({multiples})",
+            f"a tied {family.name} table cannot lose its mean, which hidden_size {source} -> {target} needs",
+            f"separate the tables with --untie, or {multiples}",
         )
 
 

@@ -227,7 +227,8 @@ def _shapes(
     first = _count(family, config, smallest)
     per_unit = _count(family, config, base.replace(intermediate_size=2)) - first
     exact = 1 + (parameters - first) / per_unit
-    for step in (*FRIENDLY, 8, 1):
+    fine = 16 if source.intermediate_size % 16 == 0 else 1
+    for step in (*FRIENDLY, fine):
         size = round(exact / step) * step
         if source.intermediate_size <= size <= source.intermediate_size * _WIDEST:
             yield base.replace(intermediate_size=size)
@@ -245,7 +246,7 @@ def _candidate(family: Family, config: Config, source: Sizes, sizes: Sizes, para
     stretch = abs(log2(sizes.intermediate_size / source.intermediate_size / stream))
     stretch += abs(log2(sizes.num_attention_heads / source.num_attention_heads / stream))
     penalty = {256: 0.0, 128: 0.002, 64: 0.004, 1: 0.02}[friendly]
-    return Candidate(sizes, total, off, friendly, score=abs(off) + 0.02 * stretch + penalty)
+    return Candidate(sizes, total, off, friendly, score=abs(off) + 0.03 * stretch + penalty)
 
 
 def _count(family: Family, config: Config, sizes: Sizes) -> int:

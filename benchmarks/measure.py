@@ -1,0 +1,81 @@
+"""Running commands and measuring them: wall time and peak memory of the whole process, several runs, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run(command: Sequence[str]) -> tuple[float, float]:
+    """Run a command; returns wall seconds and peak resident memory in bytes.
+
+    Raises:
+        SystemExit: the command failed; its own output says why.
+    """
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)} failed with status {status}")
+    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def copy_with_fsync(source: Path, target: Path) -> float:
+    """Copy the files of a folder through the page cache and sync them; returns seconds."""
+    target.mkdir(parents=True)
+    begin = time.perf_counter()
+    for path in sorted(source.glob("*.safetensors")):
+        with path.open("rb") as reader, (target / path.name).open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 16 << 20)
+            writer.flush()
+            os.fsync(writer.fileno())
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(target)
+    return seconds
+
+
+def interleaved(runs: int, measures: dict[str, Callable[[], dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Run each measure in turn, ``runs`` times over, so that a busy minute hits all; returns medians."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
+    for turn in range(runs):
+        for name, measure in measures.items():
+            found[name].append(measure())
+            print(f"run {turn + 1} of {runs}: {name} {found[name][-1]}", file=sys.stderr)
+    return {
+        name: {key: statistics.median(one[key] for one in rows) for key in rows[0]} for name, rows in found.items()
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def save(name: str, result: dict[str, object]) -> None:
+    """Write ``results/NAME.json`` with the command that made it."""
+    RESULTS.mkdir(exist_ok=True)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    text = json.dumps({"schema": 1, "command": command, "machine": machine(), **result}, indent=2)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    print(text)

@@ -1,0 +1,205 @@
+"""``dslm up``: grow a model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dslm.cli.common import (
+    console,
+    model_argument,
+    open_model,
+    output_options,
+    print_json,
+    progress_bar,
+)
+from dslm.errors import RecipeError
+from dslm.plan import METHOD_NAMES, Plan, plan_growth
+from dslm.report.tables import columns_table, short_count
+from dslm.sizes import Sizes, count_parameters, differing
+from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled
+
+if TYPE_CHECKING:
+    from dslm.checkpoint.reader import Checkpoint
+
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+def _size_options(function: Any) -> Any:
+    for word in reversed(_SIZES):
+        option = f"--{word.replace('_', '-')}"
+        function = click.option(option, word, type=int, metavar="N", help=f"Target {word}.")(function)
+    return function
+
+
+@click.command(short_help="Grow a model.")
+@model_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Folder to write. [default: NAME-SIZE]",
+)
+@click.option(
+    "-edm",
+    "--embed-dim-multiplier",
+    metavar="X",
+    help="Multiply hidden_size and the head counts: 2, 1.5, 4/3.",
+)
+@click.option("-upm", "--up-proj-multiplier", metavar="X", help="Multiply intermediate_size.")
+@_size_options
+@click.option("--params", metavar="COUNT", help="Grow to about this many parameters: 360M, 1.5B.")
+@click.option("--like", "like_model", metavar="MODEL", help="Grow to the widths of another model.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Do what a plan file says."
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHOD_NAMES),
+    default="hypercloning",
+    show_default=True,
+    help="How new capacity is made.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["uneven", "even"]),
+    default="uneven",
+    show_default=True,
+    help="How copies share what they are read with.",
+)
+@click.option(
+    "--snr-db",
+    type=float,
+    metavar="DB",
+    help="Split evenly and add the HyperCloning paper's noise at this level.",
+)
+@click.option("--untie", is_flag=True, help="Give the output its own table.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")
+@click.option(
+    "--dtype", type=click.Choice(list(_DTYPES)), help="dtype of the output. [default: as the source]"
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare the result with the source, and fail unless it is the same function and alive.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUT.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and write nothing.")
+@output_options
+def command(
+    model: str,
+    output: Path | None,
+    plan_file: Path | None,
+    dtype: str | None,
+    verify: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Grow a model to a larger one that computes the same function.
+
+    Sizes come from multipliers, by name, from --params, or from --like. The output is a plain checkpoint of the
+    same architecture in the source's dtype.
+    """
+    source = open_model(model, weights=not dry_run, quiet=quiet)
+    plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, dtype, options)
+    if plan.family != source.family.name or plan.source != source.sizes:
+        raise RecipeError(f"{plan_file} is a plan for another model", f"it starts from {plan.model}")
+    facts = _facts(source, plan)
+    if not differing(plan.source, plan.target) and plan.dtype is None:
+        raise RecipeError(
+            "nothing to grow: the target is the source", "give -edm, -upm, a size, --params or --like"
+        )
+    out = output or Path(f"{source.name.split('/')[-1]}-{short_count(facts['parameters']['after'])}")
+    if dry_run:
+        _report(facts | {"output": None}, as_json)
+        return
+    from dslm.resize import resize
+
+    with progress_bar(quiet=quiet) as progress:
+        check = partial(_verify, source, facts, progress) if verify else None
+        resize(source, plan, out, overwrite=overwrite, check=check, progress=progress)
+    _report(facts | {"output": str(out)}, as_json)
+
+
+def _plan(source: Checkpoint, dtype: str | None, options: dict[str, Any]) -> Plan:
+    target = target_sizes(source, options)
+    if options["untie"]:
+        target = target.replace(tied=False)
+    return plan_growth(
+        source.name,
+        source.family,
+        source.config,
+        target,
+        method=options["method"],
+        split=options["split"],
+        snr_db=options["snr_db"],
+        seed=options["seed"],
+        dtype=_DTYPES[dtype] if dtype else None,
+    )
+
+
+def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
+    """The sizes that the command's options ask for.
+
+    Raises:
+        RecipeError: two ways of asking were mixed.
+        SizeError: what is asked for is not legal.
+    """
+    named = {word: options[word] for word in _SIZES if options[word] is not None}
+    multiplied = options["embed_dim_multiplier"] or options["up_proj_multiplier"]
+    ways = [way for way, given in (("--params", options["params"]), ("--like", options["like_model"]), ("multipliers", multiplied), ("sizes by name", named)) if given]  # fmt: skip
+    if len(ways) > 1 and set(ways) != {"multipliers", "sizes by name"}:
+        raise RecipeError(f"{' and '.join(ways)} were given", "ask for the size in one way")
+    family, config = source.family, source.config
+    if options["params"]:
+        return candidates(family, config, parse_count(options["params"]), untie=options["untie"])[0].sizes
+    if options["like_model"]:
+        return like(source.sizes, open_model(options["like_model"], weights=False).sizes)
+    hidden = parse_multiplier(options["embed_dim_multiplier"] or "1")
+    intermediate = parse_multiplier(options["up_proj_multiplier"] or "1")
+    return scaled(family, config, hidden, intermediate).replace(**named)
+
+
+def _facts(source: Checkpoint, plan: Plan) -> dict[str, Any]:
+    after = plan.target.into_config(source.family, source.config)
+    return {
+        "model": source.name,
+        "family": source.family.name,
+        "changes": {word: list(pair) for word, pair in differing(plan.source, plan.target).items()},
+        "parameters": {
+            "before": count_parameters(source.family, source.config)["total"],
+            "after": count_parameters(source.family, after)["total"],
+        },
+        "methods": dict(plan.methods),
+        "split": plan.split,
+        "seed": plan.seed,
+    }
+
+
+def _report(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+    out = console()
+    before, after = facts["parameters"]["before"], facts["parameters"]["after"]
+    rows = [
+        (word, f"{a:,}", f"{b:,}", f"x {b / a:.4g}")
+        for word, (a, b) in facts["changes"].items()
+        if word != "tied"
+    ]
+    if "tied" in facts["changes"]:
+        rows.append(("embeddings", "tied", "untied", ""))
+    rows.append(("parameters", f"{before:,}", f"{after:,}", f"x {after / before:.4g}"))
+    out.print(columns_table(("", "before", "after", ""), rows))
+    method = ", ".join(dict.fromkeys(facts["methods"].values()))
+    if method:
+        out.print(f"\n{method}, {facts['split']} split, seed {facts['seed']}")
+    out.print(f"written to {facts['output']}" if facts["output"] else "nothing written (--dry-run)")

@@ -1,0 +1,132 @@
+"""Stock transformers models and tokenizers of a checkpoint, loaded quietly and only from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dslm.errors import CheckpointError, DslmError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dslm.checkpoint.reader import Checkpoint
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu", attention: str | None = None
+) -> Any:
+    """Load the weights with transformers' own class, ready for inference.
+
+    Args:
+        checkpoint: an opened checkpoint with its weights.
+        dtype: one of `DTYPES`; ``auto`` is the dtype of the checkpoint.
+        device: one of `DEVICES`.
+        attention: transformers' name of an attention implementation; None is the model's own default.
+
+    Returns:
+        A ``PreTrainedModel`` in evaluation mode.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+        DslmError: there is no such device.
+    """
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
+
+    silence_transformers()
+    folder, target = _folder(checkpoint), pick_device(device)
+    numbers = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=numbers,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {_first_line(error)}") from error
+    return model.to(target).eval()
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint's folder holds a tokenizer."""
+    folder = checkpoint.folder
+    return folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Load the tokenizer of a checkpoint.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
+    """
+    folder = _folder(checkpoint)
+    if not has_tokenizer(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer",
+            f"copy tokenizer.json and tokenizer_config.json of the model it was made from into {folder}",
+        )
+    from transformers import AutoTokenizer
+
+    silence_transformers()
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.name} cannot be loaded: {_first_line(error)}",
+            "copy its files again from the original model",
+        ) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` takes the first accelerator there is.
+
+    Raises:
+        DslmError: this machine, or this build of torch, has no such device.
+    """
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(candidate for candidate in ("cuda", "mps", "cpu") if there[candidate])
+    if not there.get(name):
+        usable = ", ".join(candidate for candidate, present in there.items() if present)
+        raise DslmError(f"torch finds no device {name!r} here", f"usable: {usable}")
+    return torch.device(name)
+
+
+def silence_transformers() -> None:
+    """Keep transformers' reports and bars off the terminal; dslm checks what it loads itself."""
+    from transformers.utils import logging as noise
+
+    noise.set_verbosity_error()
+    noise.disable_progress_bar()
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    if checkpoint.folder is None:
+        raise CheckpointError(
+            f"only the description of {checkpoint.name} was fetched", "open it with its weights"
+        )
+    return checkpoint.folder
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,0 +1,1 @@
+"""What dslm says about models: tables for people."""

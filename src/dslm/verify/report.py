@@ -1,0 +1,184 @@
+"""Everything that is measured about a pair of models, what it means in words, and the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dslm.checkpoint.reader import Checkpoint
+from dslm.errors import VerificationError
+from dslm.sizes import count_parameters
+from dslm.verify.exactness import Comparison, compare_models
+from dslm.verify.liveness import Liveness, certify
+from dslm.verify.text import token_windows
+
+Progress = Callable[[str, int, int], None]
+
+FLOOR_FACTOR = 10
+"""A difference up to this many times the rounding floor counts as rounding."""
+
+_LEAST_FLOOR = 1e-6
+_CLOSE_KL = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is known about model B next to model A.
+
+    Attributes:
+        a: name of the reference.
+        b: name of the model that is judged.
+        sizes_a: sizes of A.
+        sizes_b: sizes of B.
+        parameters_a: parameters of A.
+        parameters_b: parameters of B.
+        text: what they were compared on, in words.
+        dtype: of the computation.
+        comparison: B against A.
+        floor: A against A with its sums in another order.
+        liveness: the certificate of B, where it was asked for.
+    """
+
+    a: str
+    b: str
+    sizes_a: Mapping[str, int | bool]
+    sizes_b: Mapping[str, int | bool]
+    parameters_a: int
+    parameters_b: int
+    text: str
+    dtype: str
+    comparison: Comparison
+    floor: Comparison
+    liveness: Liveness | None
+
+    @property
+    def verdict(self) -> str:
+        """``identical``, ``same`` (up to rounding), ``close`` (KL below 0.01), or ``different``."""
+        found, floor = self.comparison.relative_difference, self.floor.relative_difference
+        if found == 0:
+            return "identical"
+        if found <= FLOOR_FACTOR * max(floor, _LEAST_FLOOR):
+            return "same"
+        return "close" if self.comparison.kl < _CLOSE_KL else "different"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything by name."""
+        return {
+            "a": self.a,
+            "b": self.b,
+            "sizes": {"a": dict(self.sizes_a), "b": dict(self.sizes_b)},
+            "parameters": {"a": self.parameters_a, "b": self.parameters_b},
+            "text": self.text,
+            "dtype": self.dtype,
+            "comparison": self.comparison.as_dict(),
+            "floor": self.floor.as_dict(),
+            "verdict": self.verdict,
+            "liveness": self.liveness.as_dict() if self.liveness else None,
+        }
+
+
+def compare_checkpoints(
+    a: Checkpoint,
+    b: Checkpoint,
+    text: str | None = None,
+    *,
+    liveness: bool = True,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> Report:
+    """Measure model B against model A.
+
+    Args:
+        a: the reference, such as the source of a resize.
+        b: the model to judge.
+        text: what to compare on; a built-in passage if None, or random tokens where no model has a tokenizer.
+        liveness: also certify B (`certify`).
+        dtype: of the comparison's computation; the certificate always computes in float32.
+        progress: called with a label, the steps done, and all steps.
+
+    Raises:
+        VerificationError: the models do not share vocabulary and tokenizer.
+        CheckpointError: a model cannot be loaded.
+    """
+    windows, described = token_windows([a, b], text)
+    comparison, floor = compare_models(a, b, windows, dtype=dtype, progress=progress)
+    certificate = certify(b, windows[0], source=a, progress=progress) if liveness else None
+    return Report(
+        a=a.name,
+        b=b.name,
+        sizes_a=a.sizes.as_dict(),
+        sizes_b=b.sizes.as_dict(),
+        parameters_a=count_parameters(a.family, a.config)["total"],
+        parameters_b=count_parameters(b.family, b.config)["total"],
+        text=described,
+        dtype=dtype,
+        comparison=comparison,
+        floor=floor,
+        liveness=certificate,
+    )
+
+
+def gate(
+    report: Report,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
+    require_alive: bool = False,
+) -> None:
+    """Fail unless a report meets the limits that are given.
+
+    Args:
+        report: what was measured.
+        max_kl: largest mean KL(A || B), in nats per token.
+        min_agreement: least share of equal top-1 predictions, 0 to 1.
+        require_alive: nothing in B may be dead or locked, beyond what A already had.
+
+    Raises:
+        VerificationError: a limit is not met; the message names every one.
+    """
+    found, failures = report.comparison, []
+    if max_kl is not None and not found.kl <= max_kl:
+        failures.append(f"KL is {found.kl:.3g} nats per token, and at most {max_kl:g} was asked for")
+    if min_agreement is not None and not found.agreement >= min_agreement:
+        failures.append(
+            f"top-1 agreement is {found.agreement:.4f}, and at least {min_agreement:g} was asked for"
+        )
+    if require_alive:
+        if report.liveness is None:
+            failures.append("liveness was not measured")
+        else:
+            passed = {"dead": report.liveness.alive, "locked": report.liveness.unlocked}
+            failures += [_listed(report.liveness, kind) for kind, good in passed.items() if not good]
+    if failures:
+        raise VerificationError(f"{report.b} failed against {report.a}: {'; '.join(failures)}")
+
+
+def verdict_words(report: Report) -> str:
+    """What the comparison means, in one sentence."""
+    ratio = report.comparison.relative_difference / max(report.floor.relative_difference, _LEAST_FLOOR)
+    return {
+        "identical": "B is the same function as A, bit for bit.",
+        "same": "B is the same function as A, up to rounding.",
+        "close": f"B is close to A but not the same function: {ratio:,.0f} times what rounding does.",
+        "different": f"B is not the same function as A: {ratio:,.0f} times what rounding does.",
+    }[report.verdict]
+
+
+_MEANING = {"dead": "can never learn", "locked": "can never differ from the unit they copy"}
+
+
+def liveness_words(liveness: Liveness) -> list[str]:
+    """What the certificate means, a sentence for each kind of finding."""
+    passed = {"dead": liveness.alive, "locked": liveness.unlocked}
+    lines = [
+        _listed(liveness, kind) + (", as in A" if passed[kind] else "")
+        for kind in _MEANING
+        if any(getattr(space, kind) for space in liveness.spaces)
+    ]
+    return lines or ["alive and unlocked: every part can learn, and no two copies are tied for ever"]
+
+
+def _listed(liveness: Liveness, kind: str) -> str:
+    counts = [(getattr(space, kind), space) for space in liveness.spaces]
+    listed = ", ".join(f"{count:,} of {space.units:,} {space.name}" for count, space in counts if count)
+    return f"{kind}: {listed} {_MEANING[kind]}"

@@ -1,0 +1,367 @@
+"""The command line: what it prints, how fast it starts, and that every failure is one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import pico
+from dslm.checkpoint.reader import open_folder
+from dslm.cli import main as cli_main
+from dslm.cli.common import print_json
+from dslm.cli.desc import describe_checkpoint
+from dslm.cli.main import COMMANDS, run
+from dslm.errors import DslmError
+from dslm.generate import Sampling, generate
+from dslm.report.tables import short_bytes, short_count
+from dslm.sizes import count_parameters
+
+
+def add_tokenizer(folder, words=pico.VOCAB):
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A model without a tokenizer."""
+    return pico.save(pico.make_model("llama", "gqa-tied"), tmp_path_factory.mktemp("bare") / "bare")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model with a tokenizer."""
+    folder = pico.save(pico.make_model("llama", "gqa-tied"), tmp_path_factory.mktemp("model") / "tiny")
+    add_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command line in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def in_subprocess(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def one_line(err):
+    assert err.count("\n") == 1
+    assert err.startswith("dslm: ")
+    assert "Traceback" not in err
+    return err
+
+
+# --- starting ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["desc", "MODEL"], ["desc", "MODEL", "--json"], ["gen", "--help"], ["diff", "--help"]],
+)
+def test_starting_imports_neither_torch_nor_transformers(bare, arguments):
+    arguments = [str(bare) if a == "MODEL" else a for a in arguments]
+    done = in_subprocess(
+        "import sys\n"
+        "from dslm.cli.main import run\n"
+        f"code = run({arguments!r})\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "sys.exit(code)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_help_lists_every_command_and_imports_none():
+    done = in_subprocess(
+        "import sys\nfrom dslm.cli.main import run\nrun(['--help'])\n"
+        "assert not {m for m in sys.modules if m.startswith('dslm.cli.')} - {'dslm.cli.main'}"
+    )
+    assert done.returncode == 0, done.stderr
+    for name, (_, text) in COMMANDS.items():
+        assert f"{name} " in done.stdout
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(call, name):
+    code, out, err = call(name, "--help")
+    assert (code, err) == (0, "")
+    assert "--json" in out
+    assert "--quiet" in out
+
+
+def test_version_and_bare_call(call):
+    assert call("--version")[1].startswith("dslm ")
+    code, out, _ = call()
+    assert code == 0
+    assert "Commands" in out
+
+
+# --- failing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nope"], "no command 'nope'"),
+        (["dsec", "x"], "did you mean 'desc'?"),
+        (["desc"], "MODEL is missing"),
+        (["desc", "x", "-i", "y"], "MODEL is given twice"),
+        (["desc", "x", "--nope"], "No such option"),
+        (["gen", "x", "--temperature", "-1"], "--temperature"),
+        (["gen", "x", "--top-p", "0"], "--top-p"),
+        (["gen", "x", "--top-p", "1.1"], "--top-p"),
+        (["gen", "x", "--top-k", "-1"], "--top-k"),
+        (["gen", "x", "-n", "0"], "--n-predict"),
+        (["gen", "x", "--device", "tpu"], "--device"),
+        (["diff", "x"], "B"),
+        (["diff", "x", "y", "--min-agreement", "99"], "--min-agreement"),
+        (["diff", "x", "y", "--require-alive", "--no-liveness"], "--no-liveness"),
+        (["diff", "x", "y", "--text", "gone.txt"], "there is no such file"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_2(call, arguments, expected):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert expected in one_line(err)
+
+
+def test_a_known_failure_is_one_line_and_1(call, tmp_path):
+    code, out, err = call("desc", tmp_path / "gone")
+    assert (code, out) == (1, "")
+    assert one_line(err).startswith("dslm: error: ")
+    assert "gone does not exist" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (DslmError("it broke\nin two", "mend it"), 1, "dslm: error: it broke in two; mend it"),
+        (OSError(28, "No space left on device", "/x"), 1, "dslm: error: No space left on device: /x"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "dslm: error: Permission denied: /x"),
+        (ValueError("odd"), 1, "dslm: error: unexpected ValueError: odd; set DSLM_DEBUG=1"),
+        (KeyboardInterrupt(), 130, "dslm: interrupted; nothing was written"),
+    ],
+)
+def test_failures_inside_a_command(call, monkeypatch, bare, error, code, expected):
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr("dslm.cli.desc.open_model", fail)
+    found, out, err = call("desc", bare)
+    assert (found, out) == (code, "")
+    assert expected in one_line(err.lstrip("\n"))
+
+
+def test_a_traceback_only_with_debug(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("DSLM_DEBUG", "1")
+    code, _, err = call("desc", tmp_path / "gone")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_a_reader_that_leaves_is_no_failure(bare):
+    command = f"{sys.executable} -m dslm.cli.main desc {bare} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "bare"
+    assert done.stderr == ""
+
+
+# --- desc --------------------------------------------------------------------------------------------------
+
+
+def test_desc_says_what_the_folder_holds(call, bare):
+    checkpoint = open_folder(bare)
+    total = sum(p.numel() for p in pico.make_model("llama", "gqa-tied").parameters())
+    code, out, err = call("desc", bare)
+    assert (code, err) == (0, "")
+    assert f"{total:,}" in out
+    assert "tied: input and output share one table" in out
+    code, out, _ = call("desc", "-i", bare, "--json")
+    facts = json.loads(out)
+    assert facts["schema"] == 1
+    assert facts["parameters"] == count_parameters(checkpoint.family, checkpoint.config)
+    assert facts["parameters"]["total"] == total
+    assert facts["bytes"] == total * 4
+    assert facts["files"] == 1
+    assert facts["context_length"] == pico.POSITIONS
+    assert facts["kv_cache_bytes_per_token"] == 2 * 3 * 2 * 8 * 4
+    assert facts["sliding_window"] is None
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "layers"),
+    [
+        ("mistral", "window", 3),
+        ("mistral", "no-window", None),
+        ("qwen2", "windows", 2),
+        ("qwen2", "mha", None),
+        ("gemma3_text", "windows", 2),
+        ("gemma3_text", "all-sliding", 3),
+        ("phi3", "window", 3),
+        ("llama", "mha", None),
+    ],
+)
+def test_desc_counts_sliding_windows(tmp_path, family, variant, layers):
+    model = pico.make_model(family, variant)
+    facts = describe_checkpoint(open_folder(pico.save(model, tmp_path / "m")))
+    found = facts["sliding_window"]
+    assert (found and found["layers"]) == layers
+
+
+def test_numbers_for_people():
+    assert [short_bytes(n) for n in (0, 999, 1000, 23_040, 269e6, 1.08e9, 2.15e12)] == [
+        "0 B", "999 B", "1 kB", "23 kB", "269 MB", "1.08 GB", "2.15 TB",
+    ]  # fmt: skip
+    assert [short_count(n) for n in (999, 1500, 134_515_008, 1.71e9)] == ["999", "1.5k", "134.5M", "1.71B"]
+
+
+def test_json_is_always_json(capsys):
+    print_json({"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": "é"}})
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, "a": None, "b": [None, 1.5], "c": {"d": "é"}}
+
+
+# --- gen ---------------------------------------------------------------------------------------------------
+
+
+def test_gen_is_greedy_at_zero_and_repeats_with_a_seed(call, model):
+    code, out, err = call("gen", model, "-p", "w5 w6", "-n", 4, "--temperature", 0, "-q")
+    assert (code, err) == (0, "")
+    assert out.startswith("w5 w6 ")
+    tokens = torch.tensor([[5, 6]])
+    with torch.no_grad():
+        logits = pico.make_model("llama", "gqa-tied")(tokens).logits[0, -1]
+    assert out.split()[2] == f"w{int(logits.argmax())}"
+    runs = [call("gen", model, "-p", "w5 w6", "-n", 8, "--seed", seed, "-q")[1] for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_gen_tells_its_seed_and_its_speed_on_stderr(call, model):
+    code, out, err = call("gen", model, "-p", "w5", "-n", 4)
+    assert code == 0
+    first, last = err.splitlines()
+    seed = first.removeprefix("seed ")
+    assert "tokens/s" in last
+    assert call("gen", model, "-p", "w5", "-n", 4, "--seed", seed, "-q")[1] == out
+
+
+def test_gen_json(call, model):
+    code, out, _ = call("gen", model, "-p", "w5", "-n", 4, "--seed", 3, "--json", "-q")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["schema"], found["prompt"], found["seed"]) == (1, "w5", 3)
+    assert 1 <= found["tokens"] <= 4
+
+
+def test_gen_reads_stdin(call, model, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("w7 w8\n"))
+    assert call("gen", model, "-p", "-", "-n", 2, "-q")[1].startswith("w7 w8 ")
+
+
+def test_gen_without_a_tokenizer_says_what_to_do(call, bare):
+    code, out, err = call("gen", bare, "-q")
+    assert (code, out) == (1, "")
+    assert "bare has no tokenizer; copy tokenizer.json" in one_line(err)
+
+
+def test_gen_stays_inside_the_context(model):
+    checkpoint = open_folder(model)
+    found = generate(
+        checkpoint, " ".join(["w5"] * 60), tokens=50, sampling=Sampling(temperature=0), device="cpu"
+    )
+    assert found.tokens <= pico.POSITIONS - 60
+    with pytest.raises(DslmError, match="the prompt has 64 tokens"):
+        generate(checkpoint, " ".join(["w5"] * 64), device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_gen_on_a_device_that_is_not_there(call, model):
+    code, _, err = call("gen", model, "--device", "cuda", "-q")
+    assert code == 1
+    assert "no device 'cuda' here; usable: cpu" in one_line(err)
+
+
+# --- diff --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def perturbed(tmp_path_factory):
+    network = pico.make_model("llama", "gqa-tied")
+    with torch.no_grad():
+        network.model.layers[0].mlp.down_proj.weight.add_(0.3 * torch.randn(32, 48))
+    folder = pico.save(network, tmp_path_factory.mktemp("perturbed") / "other")
+    add_tokenizer(folder)
+    return folder
+
+
+def test_diff_says_what_it_means(call, model, perturbed):
+    code, out, _ = call("diff", model, model, "-q")
+    assert code == 0
+    assert "B is the same function as A, bit for bit." in out
+    assert "B is alive and unlocked" in out
+    code, out, _ = call("diff", model, perturbed, "--no-liveness", "-q")
+    assert code == 0
+    assert "B is not the same function as A" in out
+    assert "liveness" not in out
+
+
+def test_diff_is_a_gate(call, model, perturbed):
+    limits = ["--max-kl", "1e-6", "--min-agreement", "0.999", "--no-liveness", "-q"]
+    assert call("diff", model, model, *limits)[0] == 0
+    code, out, err = call("diff", model, perturbed, *limits)
+    assert code == 1
+    assert "rounding floor" in out
+    assert "KL is" in one_line(err)
+    assert "top-1 agreement is" in err
+    code, out, err = call("diff", model, perturbed, *limits, "--json")
+    assert code == 1
+    assert json.loads(out)["verdict"] == "different"
+
+
+def test_diff_reads_texts(call, model, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in range(3, 90)))
+    for text in (tmp_path / "text.txt", " ".join(f"w{i}" for i in range(3, 90))):
+        code, out, err = call("diff", model, model, "--text", text, "--json", "--no-liveness", "-q")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["comparison"]["tokens"] == 87
+    assert call("diff", model, model, "--text", "w5", "-q")[0] == 1
+
+
+def test_diff_refuses_another_tokenizer(call, model, tmp_path):
+    other = pico.save(pico.make_model("llama", "gqa-tied"), tmp_path / "other")
+    add_tokenizer(other, words=50)
+    code, _, err = call("diff", model, other, "--text", "w60 w61 w62", "-q")
+    assert code == 1
+    assert "read the same text differently" in one_line(err)
+
+
+def test_the_commands_are_where_the_table_says():
+    assert cli_main.cli.list_commands(None) == list(COMMANDS)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from measure import save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dslm.checkpoint.reader import open_folder
@@ -24,6 +23,7 @@ from dslm.families import family_names
 from dslm.plan import plan_growth
 from dslm.resize import resize
 from dslm.targets import scaled
+from measure import save
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -77,7 +77,9 @@ def measure(name: str, dtype: torch.dtype) -> dict[str, object]:
             untied, target = True, target.replace(tied=False)
             resize(source, plan_growth(name, source.family, source.config, target), work / "out")
         before, after = logits(work / "source", dtype), logits(work / "out", dtype)
-        kl = torch.nn.functional.kl_div(after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="none")
+        kl = torch.nn.functional.kl_div(
+            after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="none"
+        )
         return {
             "relative_difference": ((before - after).abs().max() / before.abs().max()).item(),
             "kl": kl.sum(-1).mean().item(),
@@ -89,7 +91,9 @@ def measure(name: str, dtype: torch.dtype) -> dict[str, object]:
 def main() -> None:
     """Measure and save."""
     warnings.simplefilter("ignore")
-    found = {name: {label: measure(name, dtype) for label, dtype in DTYPES.items()} for name in family_names()}
+    found = {
+        name: {label: measure(name, dtype) for label, dtype in DTYPES.items()} for name in family_names()
+    }
     save("grow_families", {"growth": "hidden_size x 1.5, intermediate_size x 1.5", "families": found})
 
 

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import copy_with_fsync, folder_bytes, interleaved, run, save
 
 from dslm.checkpoint.writer import Planned, Writer
 from dslm.families import load_family
+from measure import copy_with_fsync, folder_bytes, interleaved, run, save
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -79,7 +79,12 @@ def main() -> None:
     medians = interleaved(options.runs, {"dslm": grow, "copy_of_output": copying})
     shutil.rmtree(options.work)
     ratio = medians["dslm"]["seconds"] / medians["copy_of_output"]["seconds"]
-    result = {"layers": options.layers, "runs": options.runs, "medians": medians, "ratios": {"seconds_over_copy": ratio}}
+    result = {
+        "layers": options.layers,
+        "runs": options.runs,
+        "medians": medians,
+        "ratios": {"seconds_over_copy": ratio},
+    }
     save("grow_sharded", result)
 
 

@@ -1,6 +1,6 @@
 """Growing SmolLM2-135M by 2 x 2: wall time, memory and bytes, against an in-memory implementation and the floors.
 
-Run: ``python benchmarks/grow_smollm2.py [--runs 3]``. Everything is measured in one interleaved run, so read the ratios.
+Run: ``python benchmarks/grow_smollm2.py [--runs 3]``. Everything is measured in one interleaved run: read the ratios.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import copy_with_fsync, folder_bytes, interleaved, run, save
-
 from dslm.checkpoint.source import open_checkpoint
+from measure import copy_with_fsync, folder_bytes, interleaved, run, save
 
 # Seconds of the two published implementations and of `import torch, transformers` on one other 2-core machine
 # (AMD EPYC, medians of 3); their peak memory and bytes do not depend on the machine.
@@ -69,7 +68,10 @@ def ratios(medians: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
             "peak_bytes": ours["peak_bytes"] / theirs["peak_bytes"],
             "bytes": ours["bytes"] / theirs["bytes"],
         }
-    found["floors"] = {"imports": ours["seconds"] / imports, "copy": ours["seconds"] / medians["copy_of_output"]["seconds"]}
+    found["floors"] = {
+        "imports": ours["seconds"] / imports,
+        "copy": ours["seconds"] / medians["copy_of_output"]["seconds"],
+    }
     return found
 
 

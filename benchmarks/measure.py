@@ -45,7 +45,9 @@ def copy_with_fsync(source: Path, target: Path) -> float:
     return seconds
 
 
-def interleaved(runs: int, measures: dict[str, Callable[[], dict[str, float]]]) -> dict[str, dict[str, float]]:
+def interleaved(
+    runs: int, measures: dict[str, Callable[[], dict[str, float]]]
+) -> dict[str, dict[str, float]]:
     """Run each measure in turn, ``runs`` times over, so that a busy minute hits all; returns medians."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
     for turn in range(runs):
@@ -53,7 +55,8 @@ def interleaved(runs: int, measures: dict[str, Callable[[], dict[str, float]]]) 
             found[name].append(measure())
             print(f"run {turn + 1} of {runs}: {name} {found[name][-1]}", file=sys.stderr)
     return {
-        name: {key: statistics.median(one[key] for one in rows) for key in rows[0]} for name, rows in found.items()
+        name: {key: statistics.median(one[key] for one in rows) for key in rows[0]}
+        for name, rows in found.items()
     }
 
 
@@ -67,7 +70,9 @@ def machine() -> dict[str, object]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
         cpu = names[0] if names else cpu
     return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
 

@@ -50,8 +50,8 @@ def families_page() -> str:
     lines = [
         "# Families",
         "",
-        "Generated from the tables in `src/dslm/families` by `make docs`. A tensor or config key that a table does not know is",
-        "refused by name. [Adding a family](adding-a-family.md) is one such table.",
+        "Generated from the tables in `src/dslm/families` by `make docs`. A tensor or config key that a table does",
+        "not know is refused by name. [Adding a family](adding-a-family.md) is one such table.",
         "",
         "| family | models | architecture | norm | blocks | head_dim |",
         "|---|---|---|---|---|---|",

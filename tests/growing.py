@@ -54,7 +54,9 @@ def draw_target(family: Family, config: dict, dimension: str, draw: random.Rando
     source = Sizes.from_config(family, config)
     for _ in range(500):
         target = _drawn(family, source, dimension, draw)
-        if any(getattr(target, word) < getattr(source, word) for word in ("num_attention_heads", "hidden_size")):
+        if any(
+            getattr(target, word) < getattr(source, word) for word in ("num_attention_heads", "hidden_size")
+        ):
             continue
         try:
             check_legal(family, config, target)
@@ -70,7 +72,9 @@ def _drawn(family: Family, source: Sizes, dimension: str, draw: random.Random) -
     changes: dict[str, int] = {}
     heads, kv_heads = source.num_attention_heads, source.num_key_value_heads
     if dimension in ("ffn", "all"):
-        changes["intermediate_size"] = source.intermediate_size + draw.randint(1, 2 * source.intermediate_size)
+        changes["intermediate_size"] = source.intermediate_size + draw.randint(
+            1, 2 * source.intermediate_size
+        )
     if dimension == "heads":
         changes["num_attention_heads"] = heads + draw.randint(1, 6) * kv_heads
     if dimension in ("kv_heads", "all"):
@@ -102,15 +106,16 @@ def grow_or_nearest(source: Checkpoint, out: Path, target: Sizes, method: str) -
     try:
         return grow(source, out, target, method=method)
     except (RecipeError, SizeError) as error:
-        assert source.family.norm == "layer"
-        assert target.hidden_size != source.sizes.hidden_size
-        if "--untie" in str(error):
-            assert target.tied
-            return grow_or_nearest(source, out, target.replace(tied=False), method)
-        assert "whole multiple" in str(error)
-        assert not source.family.holds(source.family.norm_on_read, source.config)
-        whole = 2 * source.sizes.hidden_size
-        heads = whole // source.sizes.head_dim
-        assert target.hidden_size != whole or method != "hypercloning"
-        doubled = target.replace(hidden_size=whole, num_attention_heads=heads, num_key_value_heads=heads)
-        return grow_or_nearest(source, out, doubled, "hypercloning")
+        refusal = str(error)
+    assert source.family.norm == "layer"
+    assert target.hidden_size != source.sizes.hidden_size
+    if "--untie" in refusal:
+        assert target.tied
+        return grow_or_nearest(source, out, target.replace(tied=False), method)
+    assert "whole multiple" in refusal
+    assert not source.family.holds(source.family.norm_on_read, source.config)
+    whole = 2 * source.sizes.hidden_size
+    heads = whole // source.sizes.head_dim
+    assert target.hidden_size != whole or method != "hypercloning"
+    doubled = target.replace(hidden_size=whole, num_attention_heads=heads, num_key_value_heads=heads)
+    return grow_or_nearest(source, out, doubled, "hypercloning")

@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from growing import dimensions_of, draw_target, grow, grow_or_nearest, load, logits, off
-from pico import CASES, IDS, make_model, save, tokens
 
 from dslm.checkpoint.reader import open_folder
 from dslm.plan import METHOD_NAMES
+from growing import dimensions_of, draw_target, grow, grow_or_nearest, load, logits, off
+from pico import CASES, IDS, make_model, save, tokens
 
 FLOAT64 = 5e-6  # norms and softmax of transformers round to float32 whatever the weights are
 FLOAT32 = 2e-5

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reference
 from dslm.errors import RecipeError, SizeError
 from dslm.families import load_family
 from dslm.grow.apply import grown_rows, random_for

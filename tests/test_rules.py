@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from growing import grow, load, logits, off
-from pico import make_model, save, tokens
 
 from dslm.checkpoint.reader import open_folder
 from dslm.families import family
 from dslm.families.axes import Role
 from dslm.grow import axis_map, heads, hypercloning, maps, padding
+from growing import grow, load, logits, off
+from pico import make_model, save, tokens
 
 WRONG = 1e-3
 
@@ -30,7 +30,9 @@ def without_amplitudes(monkeypatch):
 def without_padding_scale(monkeypatch):
     for module in (hypercloning, padding):
         whole = module.padded
-        monkeypatch.setattr(module, "padded", lambda *a, whole=whole, **k: whole(*a, **{**k, "normed": False}))
+        monkeypatch.setattr(
+            module, "padded", lambda *a, whole=whole, **k: whole(*a, **{**k, "normed": False})
+        )
 
 
 def without_centring(monkeypatch):
@@ -180,7 +182,7 @@ def test_gemmas_multiplier_is_the_one_the_model_rounds_to(dtype):
     from dslm.plan import plan_growth
     from dslm.sizes import Sizes
 
-    config = {"model_type": "gemma", "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}  # fmt: skip
+    config = {"model_type": "gemma", "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4}
     table = load_family("gemma")
     target = Sizes.from_config(table, config).replace(hidden_size=56)
     growth = build_growth(table, config, plan_growth("m", table, config, target), dtype)

@@ -1,0 +1,69 @@
+"""Resize pretrained language models.
+
+The public API, loaded on first use: importing dslm does not import torch.
+
+    source = dslm.open_checkpoint("demo:smollm2-135m")
+    target = source.sizes.replace(intermediate_size=3072)
+    plan = dslm.plan_growth(source.name, source.family, source.config, target)
+    dslm.resize(source, plan, Path("bigger"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dslm.checkpoint.reader import Checkpoint
+    from dslm.checkpoint.source import open_checkpoint
+    from dslm.errors import DslmError
+    from dslm.generate import generate
+    from dslm.plan import Plan, plan_growth
+    from dslm.resize import resize
+    from dslm.sizes import Sizes
+    from dslm.targets import candidates, scaled
+    from dslm.verify.report import Report, compare_checkpoints, gate
+
+_HOMES = {
+    "Checkpoint": "dslm.checkpoint.reader",
+    "DslmError": "dslm.errors",
+    "Plan": "dslm.plan",
+    "Report": "dslm.verify.report",
+    "Sizes": "dslm.sizes",
+    "candidates": "dslm.targets",
+    "compare_checkpoints": "dslm.verify.report",
+    "gate": "dslm.verify.report",
+    "generate": "dslm.generate",
+    "open_checkpoint": "dslm.checkpoint.source",
+    "plan_growth": "dslm.plan",
+    "resize": "dslm.resize",
+    "scaled": "dslm.targets",
+}
+
+__all__ = [
+    "Checkpoint",
+    "DslmError",
+    "Plan",
+    "Report",
+    "Sizes",
+    "candidates",
+    "compare_checkpoints",
+    "gate",
+    "generate",
+    "open_checkpoint",
+    "plan_growth",
+    "resize",
+    "scaled",
+]
+
+__version__ = metadata.version("dslm")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dslm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -40,11 +40,13 @@ class Resized:
         folder: the finished checkpoint.
         parameters: before and after.
         nbytes: bytes of weights written.
+        measured: what the check that was asked for found.
     """
 
     folder: Path
     parameters: tuple[int, int]
     nbytes: int
+    measured: Mapping[str, Any]
 
 
 def target_config(source: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def resize(
         measured = check(writer.folder) if check is not None else {}
         _write_record(writer, source, plan, parameters, measured)
         writer.publish()
-    return Resized(folder=out, parameters=parameters, nbytes=total)
+    return Resized(folder=out, parameters=parameters, nbytes=total, measured=measured)
 
 
 def _planned(source: Checkpoint, tensor: Tensor, plan: Plan) -> Planned:

@@ -32,7 +32,7 @@ def render_card(
     counts: tuple[int, int],
     sources: Mapping[str, str],
     source_metadata: Mapping[str, Any],
-    measured: Mapping[str, str],
+    measured: Mapping[str, Any],
 ) -> str:
     """The card as Markdown.
 
@@ -42,7 +42,7 @@ def render_card(
         counts: parameters before and after.
         sources: method -> URL of its paper.
         source_metadata: front matter of the source's card, for its licence and languages.
-        measured: what was measured about the output, label -> text.
+        measured: what was measured about the output, by label.
     """
     is_hub_id = plan.model.count("/") == 1 and not plan.model.startswith((".", "/"))
     metadata: dict[str, Any] = {"base_model": plan.model} if is_hub_id else {}
@@ -67,6 +67,13 @@ def render_card(
         changes=differing(plan.source, plan.target),
         sources=sources,
         command=command_of(plan),
-        measured=measured,
+        measured={label: _short(value) for label, value in measured.items()},
         front_matter=yaml.safe_dump(metadata, sort_keys=False),
     )
+
+
+def _short(value: Any) -> str:
+    """A figure with as many digits as mean something."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -98,18 +98,17 @@ def print_report(report: Report) -> None:
     out = console()
     out.print(columns_table(("", "A", "B", ""), _size_rows(report)))
     out.print(f"\nA is {report.a}\nB is {report.b}\n")
-    found, floor = report.comparison, report.floor
+    found = report.comparison
+    columns = {"B against A": found, "rounding floor of A": report.floor}
+    if report.storage is not None:
+        columns["A rounded once more"] = report.storage
     rows = [
-        ("largest logit difference", f"{found.max_difference:.3g}", f"{floor.max_difference:.3g}"),
-        (
-            "  relative to the largest logit",
-            f"{found.relative_difference:.3g}",
-            f"{floor.relative_difference:.3g}",
-        ),
-        ("KL(A || B), nats per token", f"{found.kl:.3g}", f"{floor.kl:.3g}"),
-        ("top-1 agreement", f"{found.agreement:.2%}", f"{floor.agreement:.2%}"),
+        ("largest logit difference", *(f"{c.max_difference:.3g}" for c in columns.values())),
+        ("  relative to the largest logit", *(f"{c.relative_difference:.3g}" for c in columns.values())),
+        ("KL(A || B), nats per token", *(f"{c.kl:.3g}" for c in columns.values())),
+        ("top-1 agreement", *(f"{c.agreement:.2%}" for c in columns.values())),
     ]
-    out.print(columns_table(("", "B against A", "rounding floor of A"), rows))
+    out.print(columns_table(("", *columns), rows))
     out.print(f"\nperplexity: A {found.perplexity_a:.4f}, B {found.perplexity_b:.4f}")
     out.print(f"on {found.tokens:,} tokens of {report.text}, computed in {report.dtype}")
     if report.liveness:

@@ -16,7 +16,7 @@ from dslm.cli.common import (
     print_json,
     progress_bar,
 )
-from dslm.errors import RecipeError
+from dslm.errors import RecipeError, VerificationError
 from dslm.plan import METHOD_NAMES, Plan, plan_growth
 from dslm.report.tables import columns_table, short_count
 from dslm.sizes import Sizes, count_parameters, differing
@@ -24,6 +24,7 @@ from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled
 
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
+    from dslm.cli.common import Progress
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -124,9 +125,9 @@ def command(
     from dslm.resize import resize
 
     with progress_bar(quiet=quiet) as progress:
-        check = partial(_verify, source, facts, progress) if verify else None
-        resize(source, plan, out, overwrite=overwrite, check=check, progress=progress)
-    _report(facts | {"output": str(out)}, as_json)
+        check = partial(_verify, source, out.name, progress, quiet or as_json) if verify else None
+        done = resize(source, plan, out, overwrite=overwrite, check=check, progress=progress)
+    _report(facts | {"output": str(out), "measured": dict(done.measured)}, as_json)
 
 
 def _plan(source: Checkpoint, dtype: str | None, options: dict[str, Any]) -> Plan:
@@ -155,7 +156,13 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
     """
     named = {word: options[word] for word in _SIZES if options[word] is not None}
     multiplied = options["embed_dim_multiplier"] or options["up_proj_multiplier"]
-    ways = [way for way, given in (("--params", options["params"]), ("--like", options["like_model"]), ("multipliers", multiplied), ("sizes by name", named)) if given]  # fmt: skip
+    asked = {
+        "--params": options["params"],
+        "--like": options["like_model"],
+        "multipliers": multiplied,
+        "sizes by name": named,
+    }
+    ways = [way for way, given in asked.items() if given]
     if len(ways) > 1 and set(ways) != {"multipliers", "sizes by name"}:
         raise RecipeError(f"{' and '.join(ways)} were given", "ask for the size in one way")
     family, config = source.family, source.config
@@ -182,6 +189,21 @@ def _facts(source: Checkpoint, plan: Plan) -> dict[str, Any]:
         "split": plan.split,
         "seed": plan.seed,
     }
+
+
+def _verify(source: Checkpoint, name: str, progress: Progress, quiet: bool, folder: Path) -> dict[str, Any]:
+    """Compare the finished checkpoint with its source before it takes its place; print what was measured."""
+    from dslm.checkpoint.reader import open_folder
+    from dslm.cli.diff import print_report
+    from dslm.verify import compare_checkpoints, gate
+
+    report = compare_checkpoints(source, open_folder(folder, name), progress=progress)
+    if not quiet:
+        print_report(report)
+    if report.verdict not in ("identical", "same", "rounded"):
+        raise VerificationError(f"{name} is not the function of {source.name}: KL {report.comparison.kl:.3g}")
+    gate(report, require_alive=True)
+    return report.measured()
 
 
 def _report(facts: dict[str, Any], as_json: bool) -> None:

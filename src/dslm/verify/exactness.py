@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dslm.checkpoint.reader import Checkpoint
+from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.load import load_model
 from dslm.verify.units import Shuffle, parts_of
 
 Progress = Callable[[str, int, int], None]
 
 _CHUNK = 2**22
+_IRRATIONAL = 1.5**0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,34 @@ def compare_models(
     if progress:
         progress("comparing logits", len(windows), len(windows))
     return pair.comparison(), floor.comparison()
+
+
+def storage_floor(a: Checkpoint, windows: list[Tensor], *, dtype: str = "float32") -> Comparison | None:
+    """What one more rounding of every weight to its own dtype does to a model.
+
+    A growth that scales weights by irrational amplitudes has to round them once more, and cannot be expected to
+    come closer than this. Each matrix is scaled, rounded, and scaled back.
+
+    Args:
+        a: the model.
+        windows: token ids, each ``[1, T]``.
+        dtype: of the computation.
+
+    Returns:
+        The rounded model against the model, or None where the weights are stored as finely as is computed.
+    """
+    stored = torch_dtype(a.dtype)
+    if stored.itemsize >= getattr(torch, dtype).itemsize:
+        return None
+    model, rounded = (load_model(a, dtype=dtype, attention="eager") for _ in range(2))
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_((parameter * _IRRATIONAL).to(stored).to(parameter.dtype) / _IRRATIONAL)
+    totals = _Totals()
+    for ids in windows:
+        totals.add(_logits(model, ids), _logits(rounded, ids), ids[0])
+    return totals.comparison()
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import VerificationError
 from dslm.sizes import count_parameters
-from dslm.verify.exactness import Comparison, compare_models
+from dslm.verify.exactness import Comparison, compare_models, storage_floor
 from dslm.verify.liveness import Liveness, certify
 from dslm.verify.text import token_windows
 
@@ -37,6 +37,7 @@ class Report:
         dtype: of the computation.
         comparison: B against A.
         floor: A against A with its sums in another order.
+        storage: A with every weight rounded once more to its dtype, against A; only where B is further than the floor.
         liveness: the certificate of B, where it was asked for.
     """
 
@@ -50,17 +51,44 @@ class Report:
     dtype: str
     comparison: Comparison
     floor: Comparison
+    storage: Comparison | None
     liveness: Liveness | None
 
     @property
     def verdict(self) -> str:
-        """``identical``, ``same`` (up to rounding), ``close`` (KL below 0.01), or ``different``."""
-        found, floor = self.comparison.relative_difference, self.floor.relative_difference
+        """How B relates to A.
+
+        ``identical``, ``same`` (up to the order of sums), ``rounded`` (up to one more rounding of the weights to
+        their dtype), ``close`` (KL below 0.01 nats per token) or ``different``.
+        """
+        found = self.comparison.relative_difference
         if found == 0:
             return "identical"
-        if found <= FLOOR_FACTOR * max(floor, _LEAST_FLOOR):
+        if is_rounding(self.comparison, self.floor):
             return "same"
+        if self.storage is not None and is_rounding(self.comparison, self.storage):
+            return "rounded"
         return "close" if self.comparison.kl < _CLOSE_KL else "different"
+
+    def measured(self) -> dict[str, Any]:
+        """The figures that belong on a model card."""
+        found = self.comparison
+        figures: dict[str, Any] = {
+            "verdict": self.verdict,
+            "largest logit difference": found.max_difference,
+            "relative to the largest logit": found.relative_difference,
+            "rounding floor, relative": self.floor.relative_difference,
+            "KL in nats per token": found.kl,
+            "top-1 agreement": found.agreement,
+            "perplexity before": found.perplexity_a,
+            "perplexity after": found.perplexity_b,
+            "tokens": found.tokens,
+            "text": self.text,
+            "computed in": self.dtype,
+        }
+        if self.liveness is not None:
+            figures |= {"alive": self.liveness.alive, "unlocked": self.liveness.unlocked}
+        return figures
 
     def as_dict(self) -> dict[str, Any]:
         """Everything by name."""
@@ -73,9 +101,15 @@ class Report:
             "dtype": self.dtype,
             "comparison": self.comparison.as_dict(),
             "floor": self.floor.as_dict(),
+            "storage_floor": self.storage.as_dict() if self.storage else None,
             "verdict": self.verdict,
             "liveness": self.liveness.as_dict() if self.liveness else None,
         }
+
+
+def is_rounding(found: Comparison, floor: Comparison) -> bool:
+    """Whether a difference is no more than a few times what rounding does."""
+    return found.relative_difference <= FLOOR_FACTOR * max(floor.relative_difference, _LEAST_FLOOR)
 
 
 def compare_checkpoints(
@@ -103,6 +137,7 @@ def compare_checkpoints(
     """
     windows, described = token_windows([a, b], text)
     comparison, floor = compare_models(a, b, windows, dtype=dtype, progress=progress)
+    storage = None if is_rounding(comparison, floor) else storage_floor(a, windows, dtype=dtype)
     certificate = certify(b, windows[0], source=a, progress=progress) if liveness else None
     return Report(
         a=a.name,
@@ -115,6 +150,7 @@ def compare_checkpoints(
         dtype=dtype,
         comparison=comparison,
         floor=floor,
+        storage=storage,
         liveness=certificate,
     )
 
@@ -159,6 +195,7 @@ def verdict_words(report: Report) -> str:
     return {
         "identical": "B is the same function as A, bit for bit.",
         "same": "B is the same function as A, up to rounding.",
+        "rounded": "B is the same function as A, up to one more rounding of the weights to their dtype.",
         "close": f"B is close to A but not the same function: {ratio:,.0f} times what rounding does.",
         "different": f"B is not the same function as A: {ratio:,.0f} times what rounding does.",
     }[report.verdict]

@@ -91,13 +91,15 @@ def _read_text(text: str | None) -> str | None:
     return text
 
 
-def print_report(report: Report) -> None:
-    """Print a report: sizes, figures next to the floor, and what they mean."""
+def print_report(report: Report, *, sizes: bool = True) -> None:
+    """Print a report: sizes unless they are shown elsewhere, figures next to the floor, and what they mean."""
     from dslm.verify.report import liveness_words, verdict_words
 
     out = console()
-    out.print(columns_table(("", "A", "B", ""), _size_rows(report)))
-    out.print(f"\nA is {report.a}\nB is {report.b}\n")
+    if sizes:
+        out.print(columns_table(("", "A", "B", ""), _size_rows(report)))
+        out.print()
+    out.print(f"A is {report.a}\nB is {report.b}\n")
     found = report.comparison
     columns = {"B against A": found, "rounding floor of A": report.floor}
     if report.storage is not None:

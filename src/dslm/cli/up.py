@@ -199,7 +199,8 @@ def _verify(source: Checkpoint, name: str, progress: Progress, quiet: bool, fold
 
     report = compare_checkpoints(source, open_folder(folder, name), progress=progress)
     if not quiet:
-        print_report(report)
+        print_report(report, sizes=False)
+        console().print()
     if report.verdict not in ("identical", "same", "rounded"):
         raise VerificationError(f"{name} is not the function of {source.name}: KL {report.comparison.kl:.3g}")
     gate(report, require_alive=True)

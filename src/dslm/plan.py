@@ -15,6 +15,8 @@ from dslm.families.family import Config
 from dslm.sizes import WORDS, Sizes, check_legal, differing
 
 METHOD_NAMES = ("hypercloning", "net2net", "padding")
+SPLIT_NAMES = ("uneven", "even", "noise")
+DTYPE_CODES = ("F64", "F32", "F16", "BF16")
 _GROWN = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -61,14 +63,37 @@ class Plan:
         """
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            values["source"], values["target"] = Sizes(**values["source"]), Sizes(**values["target"])
-            return cls(**values)
+            sizes = {side: Sizes(**values[side]) for side in ("source", "target")}
+            plan = cls(**values | sizes)
         except OSError as error:
             raise RecipeError(
                 f"cannot read {path}: {error.strerror}", "write one with dslm plan --yaml"
             ) from error
-        except (yaml.YAMLError, TypeError, KeyError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
             raise RecipeError(f"{path} is not a plan: {error}", "write one with dslm plan --yaml") from error
+        wrong = _wrong_types(plan)
+        if wrong:
+            raise RecipeError(f"{path} is not a plan: {wrong}", "write one with dslm plan --yaml")
+        return plan
+
+
+def _wrong_types(plan: Plan) -> str:
+    """The first value of a plan that is not of its kind, in words; empty when all are."""
+    for sizes in (plan.source, plan.target):
+        for word, value in sizes.as_dict().items():
+            if type(value) is not (bool if word == "tied" else int):
+                return f"{word} is {value!r}"
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "model": str,
+        "family": str,
+        "methods": dict,
+        "split": str,
+        "snr_db": (int, float, type(None)),
+        "seed": int,
+        "dtype": (str, type(None)),
+    }
+    wrong = (k for k, kind in kinds.items() if not isinstance(getattr(plan, k), kind))
+    return next((f"{k} is {getattr(plan, k)!r}" for k in wrong), "")
 
 
 def plan_growth(
@@ -101,29 +126,67 @@ def plan_growth(
         RecipeError: the options do not fit together.
     """
     source = Sizes.from_config(family, config)
-    check_growth(source, target)
-    check_legal(family, config, target)
-    if method not in METHOD_NAMES:
-        raise RecipeError(f"unknown method {method!r}", f"known are {', '.join(METHOD_NAMES)}")
-    if seed < 0:
-        raise RecipeError(f"--seed {seed} is negative", "give zero or a positive whole number")
-    if snr_db is not None:
-        split = "noise"
-    changed = [word for word in _GROWN if word in differing(source, target)]
-    methods = dict.fromkeys(changed, method)
-    if "num_key_value_heads" in methods:
-        methods.setdefault("num_attention_heads", method)
-    return Plan(
+    plan = Plan(
         model=model,
         family=family.name,
         source=source,
         target=target,
-        methods=methods,
-        split=split,
+        methods=dict.fromkeys(_dimensions_to_grow(source, target), method),
+        split="noise" if snr_db is not None else split,
         snr_db=snr_db,
         seed=seed,
         dtype=dtype,
     )
+    check_plan(plan, family, config)
+    return plan
+
+
+def _dimensions_to_grow(source: Sizes, target: Sizes) -> list[str]:
+    """The dimensions that need a method; both head counts are one matter."""
+    changed = differing(source, target)
+    words = [word for word in _GROWN if word in changed]
+    if "num_key_value_heads" in words and "num_attention_heads" not in words:
+        words.append("num_attention_heads")
+    return words
+
+
+def check_plan(plan: Plan, family: Family, config: Config) -> None:
+    """Refuse a plan that is for another model or cannot be carried out.
+
+    Raises:
+        SizeError: the target is illegal, or smaller than the source anywhere.
+        RecipeError: it starts from another model, or an option is none that exists.
+    """
+    if plan.family != family.name or plan.source != Sizes.from_config(family, config):
+        raise RecipeError(
+            f"the plan is for another model: {plan.model}", "make one for this model with dslm plan --yaml"
+        )
+    check_growth(plan.source, plan.target)
+    check_legal(family, config, plan.target)
+    _check_same_tensors(plan.target, family, config)
+    for word in _dimensions_to_grow(plan.source, plan.target):
+        if plan.methods.get(word) not in METHOD_NAMES:
+            raise RecipeError(
+                f"unknown method {plan.methods.get(word)!r} for {word}",
+                f"known are {', '.join(METHOD_NAMES)}",
+            )
+    if plan.split not in SPLIT_NAMES:
+        raise RecipeError(f"unknown split {plan.split!r}", f"known are {', '.join(SPLIT_NAMES)}")
+    if plan.dtype is not None and plan.dtype not in DTYPE_CODES:
+        raise RecipeError(f"unknown dtype {plan.dtype!r}", f"known are {', '.join(DTYPE_CODES)}")
+    if plan.seed < 0:
+        raise RecipeError(f"seed {plan.seed} is negative", "give zero or a positive whole number")
+
+
+def _check_same_tensors(target: Sizes, family: Family, config: Config) -> None:
+    """A tensor whose existence depends on sizes (OPT's projections) must not vanish or appear on the way."""
+    before, after = dict(family.present(config)), dict(family.present(target.into_config(family, config)))
+    for template in (before.keys() ^ after.keys()) - {family.head}:
+        condition = (before | after)[template].condition
+        raise SizeError(
+            f"{template!r} exists only if {condition}, which these sizes change",
+            "choose a slightly different size",
+        )
 
 
 def check_growth(source: Sizes, target: Sizes) -> None:

@@ -25,7 +25,7 @@ from dslm.grow import METHODS
 from dslm.grow.apply import grown_rows
 from dslm.grow.maps import Growth, build_growth
 from dslm.grow.split import Split, split_named
-from dslm.plan import Plan
+from dslm.plan import Plan, check_plan
 from dslm.sizes import count_parameters
 
 Progress = Callable[[str, int, int], None]
@@ -84,17 +84,18 @@ def resize(
         SizeError, RecipeError: the plan has no exact solution, or transformers refuses the sizes.
         CheckpointError: the output place is not usable, or the source changed while it was read.
     """
+    check_plan(plan, source.family, source.config)
     config = target_config(source, plan)
     layout = source.family.layout(config)
-    growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
-    split = split_named(plan.split, plan.snr_db)
     planned = [_planned(source, tensor, plan) for tensor in layout.values()]
     total = sum(tensor.nbytes for tensor in planned)
     check_output(out, source.folder, total, overwrite=overwrite)
+    growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
+    split = split_named(plan.split, plan.snr_db)
     parameters = _count(source.family, source.config), _count(source.family, config)
     shapes = {tensor.name: tensor.shape for tensor in layout.values()}
     done = 0
-    with Writer(out, planned) as writer, ThreadPoolExecutor(1) as beside:
+    with Writer(out, planned, overwrite=overwrite) as writer, ThreadPoolExecutor(1) as beside:
         judged = beside.submit(check_against_oracle, config, shapes)
         for path, tensors in writer.order:
             writer.start_shard(path, tensors)

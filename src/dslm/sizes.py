@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -22,6 +23,7 @@ _KEYS = {
     "vocab_size": "vocab",
 }
 FRIENDLY = (256, 128, 64)
+_TRIED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,9 @@ class Sizes:
         edited = dict(config)
         before = Sizes.from_config(family, config)
         for word, dimension in _KEYS.items():
-            if getattr(self, word) != getattr(before, word) and dimension in family.size_keys:
+            derivable = dimension in ("kv_heads", "head_dim")
+            changed = getattr(self, word) != getattr(before, word)
+            if changed and not derivable and dimension in family.size_keys:
                 edited[family.size_keys[dimension]] = getattr(self, word)
         if self.tied != before.tied:
             edited["tie_word_embeddings"] = self.tied
@@ -89,6 +93,10 @@ def _follow_hidden(family: Family, config: Config, edited: dict[str, Any]) -> No
         edited[key] = edited[family.size_keys["hidden"]]
 
 
+Violation = tuple[str, Callable[[], str]]
+"""What is wrong with sizes, and how to find out what would be right."""
+
+
 def check_legal(family: Family, config: Config, sizes: Sizes) -> None:
     """Refuse sizes that no model of the family can have.
 
@@ -100,75 +108,96 @@ def check_legal(family: Family, config: Config, sizes: Sizes) -> None:
     Raises:
         SizeError: a rule is broken; the message names the rule and the hint the nearest legal values.
     """
+    for message, hint in _violations(family, config, sizes):
+        raise SizeError(message, hint())
+
+
+def is_legal(family: Family, config: Config, sizes: Sizes) -> bool:
+    """Whether `check_legal` accepts the sizes."""
+    return next(_violations(family, config, sizes), None) is None
+
+
+def _violations(family: Family, config: Config, sizes: Sizes) -> Iterator[Violation]:
+    """Every rule that the sizes break; later rules may assume the earlier ones."""
     for word in WORDS:
         if getattr(sizes, word) < 1:
-            raise SizeError(
-                f"{word} {getattr(sizes, word)} is impossible", "sizes are positive whole numbers"
+            yield (
+                f"{word} {getattr(sizes, word)} is impossible",
+                lambda: "sizes are positive whole numbers",
             )
+            return
     heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
     if "kv_heads" not in family.size_keys and heads != kv_heads:
-        raise SizeError(
+        yield (
             f"{family.name} has as many key-value heads as query heads",
-            f"ask for num_key_value_heads {heads}",
+            lambda: f"ask for num_key_value_heads {heads}",
         )
     if heads % kv_heads:
-        nearest = _nearest(heads, lambda n: n % kv_heads == 0)
-        raise SizeError(
+        yield (
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
-            f"nearest legal num_attention_heads: {nearest}",
+            partial(_nearest, family, config, sizes, "num_attention_heads", kv_heads),
         )
     if family.head_dim == "derived" and sizes.hidden_size != heads * sizes.head_dim:
-        raise SizeError(
-            f"{family.name} derives head_dim from hidden_size / num_attention_heads, which must stay {sizes.head_dim}:"
-            f" {sizes.hidden_size} / {heads} is not",
-            f"change both together: {_nearest_pairs(sizes)}",
+        yield (
+            f"{family.name} derives head_dim from hidden_size / num_attention_heads, which must stay "
+            f"{sizes.head_dim}: {sizes.hidden_size} / {heads} is not",
+            partial(_nearest_pairs, family, sizes),
         )
     for rule in family.rules:
-        _check_rule(rule, family, config, sizes)
-
-
-def _nearest(value: int, legal: Any, count: int = 2) -> str:
-    """The nearest legal values below and above, as text."""
-    below = next((n for n in range(value - 1, 0, -1) if legal(n)), None)
-    above = next((n for n in range(value + 1, value * 8 + 8) if legal(n)), None)
-    return " or ".join(str(n) for n in (below, above)[:count] if n is not None)
-
-
-def _nearest_pairs(sizes: Sizes) -> str:
-    below = sizes.hidden_size // sizes.head_dim
-    pairs = [(n * sizes.head_dim, n) for n in (below, below + 1) if n > 0]
-    return " or ".join(f"hidden_size {hidden} with num_attention_heads {heads}" for hidden, heads in pairs)
+        yield from _rule_violations(rule, family, config, sizes)
 
 
 _DIVIDES = re.compile(r"(\w+) % (\w+) == 0")
 _PRODUCT = re.compile(r"(\w+) == (\w+) \* (\w+)")
 
 
-def _check_rule(rule: str, family: Family, config: Config, sizes: Sizes) -> None:
+def _rule_violations(rule: str, family: Family, config: Config, sizes: Sizes) -> Iterator[Violation]:
     text, _, condition = rule.partition(" if ")
     if not family.holds(condition, config):
         return
-    value = {dimension: getattr(sizes, word) for word, dimension in _KEYS.items()}
     word = {dimension: word for word, dimension in _KEYS.items()}
+    value = {dimension: getattr(sizes, word) for word, dimension in _KEYS.items()}
     if match := _DIVIDES.fullmatch(text):
         left, right = match.groups()
         if value[left] % value[right]:
-            nearest = _nearest(value[left], lambda n: n % value[right] == 0)
-            raise SizeError(
+            yield (
                 f"{family.name} needs {word[left]} to be a multiple of {word[right]}, "
                 f"and {value[left]} is not a multiple of {value[right]}",
-                f"nearest legal {word[left]}: {nearest}",
+                partial(_nearest, family, config, sizes, word[left], value[right]),
             )
     elif match := _PRODUCT.fullmatch(text):
         left, first, second = match.groups()
         if value[left] != value[first] * value[second]:
-            raise SizeError(
+            yield (
                 f"this {family.name} needs {word[left]} = {word[first]} x {word[second]}, "
                 f"and {value[left]} is not {value[first]} x {value[second]}",
-                f"change both together: {_nearest_pairs(sizes)}",
+                partial(_nearest_pairs, family, sizes),
             )
     else:
         raise AssertionError(f"rule {rule!r} of {family.name} is not in the grammar")
+
+
+def _nearest(family: Family, config: Config, sizes: Sizes, word: str, step: int) -> str:
+    """The nearest legal values of one size below and above, as text; multiples of ``step`` are tried."""
+    first = getattr(sizes, word) // step
+    sides = range(first, max(0, first - _TRIED), -1), range(first + 1, first + _TRIED)
+    found = []
+    for side in sides:
+        legal = (n * step for n in side if is_legal(family, config, sizes.replace(**{word: n * step})))
+        found.append(next(legal, None))
+    values = " or ".join(str(n) for n in found if n is not None)
+    if not values and word == "num_attention_heads":
+        return _nearest(family, config, sizes, "num_key_value_heads", 1)
+    return f"nearest legal {word}: {values or 'none with the other sizes as they are'}"
+
+
+def _nearest_pairs(family: Family, sizes: Sizes) -> str:
+    """The nearest legal widths of the stream with the head counts that go with them, as text."""
+    group = sizes.num_key_value_heads if "kv_heads" in family.size_keys else 1
+    below = max(1, sizes.hidden_size // (sizes.head_dim * group))
+    pairs = [(n * group * sizes.head_dim, n * group) for n in (below, below + 1)]
+    texts = [f"hidden_size {hidden} with num_attention_heads {heads}" for hidden, heads in pairs]
+    return f"change both together: {' or '.join(texts)}"
 
 
 def count_parameters(family: Family, config: Config) -> dict[str, int]:

@@ -10,9 +10,12 @@ from math import log2
 from dslm.errors import SizeError
 from dslm.families import Family
 from dslm.families.family import Config
-from dslm.sizes import FRIENDLY, Sizes, check_legal, count_parameters
+from dslm.sizes import FRIENDLY, Sizes, check_legal, count_parameters, is_legal
 
 _WIDEST = 8
+_LARGEST_MULTIPLIER = 1000
+_LARGEST_COUNT = 10**15
+_FARTHEST = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ def parse_multiplier(text: str) -> Fraction:
         raise SizeError(f"multiplier {text} is not positive", "give 1 or more")
     if value < 1:
         raise SizeError(f"multiplier {text} is smaller than 1", "up only grows; dslm down shrinks")
+    if value > _LARGEST_MULTIPLIER:
+        raise SizeError(f"multiplier {text} is too large", f"give at most {_LARGEST_MULTIPLIER}")
     return value
 
 
@@ -99,7 +104,7 @@ def with_hidden(family: Family, config: Config, source: Sizes, hidden_size: int)
         target = source.replace(
             hidden_size=hidden_size, num_attention_heads=kv_heads * group, num_key_value_heads=kv_heads
         )
-        if _is_legal(family, config, target):
+        if is_legal(family, config, target):
             options.append((abs(kv_heads / source.num_key_value_heads / ratio - 1), target))
     if not options:
         legal = [n for n in _nearby(hidden_size) if _has_heads(family, config, source, n)]
@@ -116,17 +121,9 @@ def _nearby(size: int) -> Iterable[int]:
 
 
 def _has_heads(family: Family, config: Config, source: Sizes, hidden_size: int) -> bool:
-    return hidden_size >= source.hidden_size and _is_legal(
+    return hidden_size >= source.hidden_size and is_legal(
         family, config, source.replace(hidden_size=hidden_size)
     )
-
-
-def _is_legal(family: Family, config: Config, sizes: Sizes) -> bool:
-    try:
-        check_legal(family, config, sizes)
-    except SizeError:
-        return False
-    return True
 
 
 def like(source: Sizes, other: Sizes) -> Sizes:
@@ -166,6 +163,8 @@ def parse_count(text: str) -> int:
         raise SizeError(f"{text!r} is not a number of parameters", "give one such as 360M or 1.5B") from error
     if value < 1:
         raise SizeError(f"{text!r} is not a positive number of parameters", "give one such as 360M or 1.5B")
+    if value > _LARGEST_COUNT:
+        raise SizeError(f"{text!r} is more parameters than any model has", "give one such as 360M or 1.5B")
     return int(value)
 
 
@@ -186,7 +185,7 @@ def candidates(
         untie: the result has two tables.
 
     Raises:
-        SizeError: the target is smaller than the source.
+        SizeError: the target is smaller than the source, or out of reach.
     """
     source = Sizes.from_config(family, config)
     now = count_parameters(family, config)["total"]
@@ -201,7 +200,14 @@ def candidates(
     for hidden_size in _widths(source, family):
         for sizes in _shapes(family, config, source, hidden_size, parameters):
             found[sizes] = _candidate(family, config, source, sizes, parameters)
-    return sorted(found.values(), key=lambda c: (c.score, c.parameters))[:count]
+    near = [c for c in found.values() if abs(c.off) <= _FARTHEST]
+    if not near:
+        raise SizeError(
+            f"no shape of {family.name} near {parameters:,} parameters keeps its depth and is at most "
+            f"{_WIDEST} times as wide",
+            "choose another number, or give the sizes by name",
+        )
+    return sorted(near, key=lambda c: (c.score, c.parameters))[:count]
 
 
 def _widths(source: Sizes, family: Family) -> list[int]:

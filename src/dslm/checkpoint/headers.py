@@ -75,7 +75,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         ) from error
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -92,6 +92,8 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
         raise _damaged(path, f"the header entry of {name!r} is malformed") from error
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise _damaged(path, f"the header entry of {name!r} has a size that is not a whole number")
+    if not isinstance(dtype, str):
+        raise _damaged(path, f"the header entry of {name!r} has no dtype")
     itemsize = ITEMSIZE.get(dtype) or _OTHER_ITEMSIZE.get(dtype)
     if itemsize is None:
         raise CheckpointError(
@@ -155,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror}", "check the path and its permissions"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}", "download or copy it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object", "download or copy it again")

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -65,8 +66,8 @@ def check_output(out: Path, source: Path | None, nbytes: int, *, overwrite: bool
         raise CheckpointError(
             f"output {out} exists and is not empty", "choose another with -o, or give --overwrite"
         )
-    parent = next(p for p in (place.parent, *place.parents) if p.exists())
-    if not os.access(parent, os.W_OK):
+    parent = next(p for p in place.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"cannot write into {parent}", "choose another place with -o")
     free = shutil.disk_usage(parent).free
     if nbytes > free:
@@ -82,17 +83,30 @@ class Writer:
     Args:
         out: final folder.
         tensors: everything that will be written. They are laid out widest dtype first, for alignment.
+        overwrite: a folder that is there when the output is finished may be replaced.
         shard_bytes: a new shard starts before one would grow past this many bytes.
     """
 
-    def __init__(self, out: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> None:
-        self.out = out
-        self.folder = out.parent / f".{out.name}.{os.getpid()}.partial"
+    def __init__(
+        self,
+        out: Path,
+        tensors: Sequence[Planned],
+        *,
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.out = out.resolve()
+        self.folder = self.out.parent / f".{self.out.name}.{os.getpid()}.partial"
+        self._overwrite = overwrite
+        self._made: list[Path] = []
         order = sorted(tensors, key=lambda t: -ITEMSIZE[t.dtype])
         self._shards = _shards(order, shard_bytes)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Writer:
+        self._made = [p for p in self.folder.parents if not p.exists()]
+        numbered = (self.folder.with_suffix(f".{i}.partial") for i in count(1))
+        self.folder = next(path for path in chain([self.folder], numbered) if not path.exists())
         self.folder.mkdir(parents=True)
         return self
 
@@ -122,8 +136,8 @@ class Writer:
         for piece in pieces:
             view = piece.contiguous().view(-1).view(torch.uint8).numpy().data
             while view:
-                count = self._file.write(view)
-                view, written = view[count:], written + count
+                taken = self._file.write(view)
+                view, written = view[taken:], written + taken
         assert written == tensor.nbytes, f"{tensor.name}: {written} bytes of {tensor.nbytes}"
 
     def add_text(self, name: str, text: str) -> None:
@@ -163,6 +177,10 @@ class Writer:
         if not self.out.exists():
             self.folder.rename(self.out)
             return
+        if any(self.out.iterdir()) and not self._overwrite:
+            raise CheckpointError(
+                f"output {self.out} appeared while this was written", "choose another with -o"
+            )
         old = self.folder.with_suffix(".old")
         self.out.rename(old)
         try:
@@ -178,6 +196,9 @@ class Writer:
         if self._file is not None:
             self._file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:

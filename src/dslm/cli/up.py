@@ -17,7 +17,7 @@ from dslm.cli.common import (
     progress_bar,
 )
 from dslm.errors import RecipeError, VerificationError
-from dslm.plan import METHOD_NAMES, Plan, plan_growth
+from dslm.plan import METHOD_NAMES, Plan, check_plan, plan_growth
 from dslm.report.tables import columns_table, short_count
 from dslm.sizes import Sizes, count_parameters, differing
 from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled
@@ -111,8 +111,7 @@ def command(
     """
     source = open_model(model, weights=not dry_run, quiet=quiet)
     plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, dtype, options)
-    if plan.family != source.family.name or plan.source != source.sizes:
-        raise RecipeError(f"{plan_file} is a plan for another model", f"it starts from {plan.model}")
+    check_plan(plan, source.family, source.config)
     facts = _facts(source, plan)
     if not differing(plan.source, plan.target) and plan.dtype is None:
         raise RecipeError(
@@ -155,23 +154,23 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
         SizeError: what is asked for is not legal.
     """
     named = {word: options[word] for word in _SIZES if options[word] is not None}
-    multiplied = options["embed_dim_multiplier"] or options["up_proj_multiplier"]
+    hidden_times, ffn_times = options["embed_dim_multiplier"], options["up_proj_multiplier"]
     asked = {
         "--params": options["params"],
         "--like": options["like_model"],
-        "multipliers": multiplied,
-        "sizes by name": named,
+        "multipliers": hidden_times if hidden_times is not None else ffn_times,
+        "sizes by name": named or None,
     }
-    ways = [way for way, given in asked.items() if given]
+    ways = [way for way, given in asked.items() if given is not None]
     if len(ways) > 1 and set(ways) != {"multipliers", "sizes by name"}:
         raise RecipeError(f"{' and '.join(ways)} were given", "ask for the size in one way")
     family, config = source.family, source.config
-    if options["params"]:
+    if options["params"] is not None:
         return candidates(family, config, parse_count(options["params"]), untie=options["untie"])[0].sizes
-    if options["like_model"]:
+    if options["like_model"] is not None:
         return like(source.sizes, open_model(options["like_model"], weights=False).sizes)
-    hidden = parse_multiplier(options["embed_dim_multiplier"] or "1")
-    intermediate = parse_multiplier(options["up_proj_multiplier"] or "1")
+    hidden = parse_multiplier("1" if hidden_times is None else hidden_times)
+    intermediate = parse_multiplier("1" if ffn_times is None else ffn_times)
     return scaled(family, config, hidden, intermediate).replace(**named)
 
 

@@ -97,13 +97,15 @@ class Family:
         """
         resolved = {**self.defaults, **config}
         keys = self.size_keys
+        hidden, heads = resolved[keys["hidden"]], resolved[keys["heads"]]
         if "kv_heads" in keys and resolved.get(keys["kv_heads"]) is None:
-            resolved[keys["kv_heads"]] = resolved[keys["heads"]]
+            resolved[keys["kv_heads"]] = heads
         if "head_dim" in keys and resolved.get(keys["head_dim"]) is None:
-            resolved[keys["head_dim"]] = resolved[keys["hidden"]] // resolved[keys["heads"]]
+            resolved[keys["head_dim"]] = hidden // heads if _is_size(hidden) and _is_size(heads) else None
         if "embedding" in keys and resolved.get(keys["embedding"]) is None:
-            resolved[keys["embedding"]] = resolved[keys["hidden"]]
-        rope = resolved.get("rope_parameters") or resolved.get("rope_scaling") or {}
+            resolved[keys["embedding"]] = hidden
+        rope = resolved.get("rope_parameters") or resolved.get("rope_scaling")
+        rope = rope if isinstance(rope, dict) else {}
         return resolved | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
     def dimensions(self, config: Config) -> dict[str, int]:
@@ -116,7 +118,7 @@ class Family:
         found = {}
         for dimension, key in self.size_keys.items():
             value = resolved[key]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_size(value):
                 raise UnsupportedFamilyError(
                     f"config key {key!r} is {value!r}", "it must be a positive whole number"
                 )
@@ -184,9 +186,10 @@ class Family:
                 "resize the unquantised original and quantise the result",
             )
         architectures = config.get("architectures")
-        if architectures and self.architecture not in architectures:
+        listed = architectures if isinstance(architectures, list) else [architectures]
+        if architectures and self.architecture not in listed:
             raise UnsupportedFamilyError(
-                f"architecture {architectures[0]!r} is not {self.architecture!r}",
+                f"architectures names {listed[0]!r} and not {self.architecture!r}",
                 "only causal language models are resized",
             )
         unknown = sorted(k for k, v in config.items() if k not in self.known_keys and v is not None)
@@ -209,6 +212,10 @@ class Family:
                     f"config key {key!r} has {len(value)} entries for {layers} layers",
                     "one per layer is expected",
                 )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 _COMPARISON = re.compile(r"(\w+) (==|!=) (\w+)")

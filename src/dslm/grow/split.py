@@ -17,8 +17,7 @@ import torch
 
 from dslm.errors import RecipeError
 from dslm.grow.axis_map import AxisMap, Columns
-
-SPLITS = ("uneven", "even", "noise")
+from dslm.plan import SPLIT_NAMES
 
 
 class Split(Protocol):
@@ -73,8 +72,8 @@ def split_named(name: str, snr_db: float | None = None) -> Split:
         if snr_db is None:
             raise RecipeError("the noise split needs its level", "give --snr-db, for example 10")
         return noise(snr_db)
-    if name not in SPLITS:
-        raise RecipeError(f"unknown split {name!r}", f"known are {', '.join(SPLITS)}")
+    if name not in SPLIT_NAMES:
+        raise RecipeError(f"unknown split {name!r}", f"known are {', '.join(SPLIT_NAMES)}")
     return even if name == "even" else uneven
 
 

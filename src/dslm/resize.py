@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -65,9 +64,6 @@ def resize(
 ) -> Resized:
     """Write the checkpoint that a plan describes.
 
-    The stock architecture is consulted on the meta device while the weights are streamed; its import takes longer
-    than the growth of a small model.
-
     Memory stays at a few pieces of one tensor (`dslm.grow.apply.CHUNK_BYTES`), whatever the model's size. The
     output appears whole or not at all, and is the same bytes for the same plan.
 
@@ -93,10 +89,9 @@ def resize(
     growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
     split = split_named(plan.split, plan.snr_db)
     parameters = _count(source.family, source.config), _count(source.family, config)
-    shapes = {tensor.name: tensor.shape for tensor in layout.values()}
+    check_against_oracle(config, {tensor.name: tensor.shape for tensor in layout.values()})
     done = 0
-    with Writer(out, planned, overwrite=overwrite) as writer, ThreadPoolExecutor(1) as beside:
-        judged = beside.submit(check_against_oracle, config, shapes)
+    with Writer(out, planned, overwrite=overwrite) as writer:
         for path, tensors in writer.order:
             writer.start_shard(path, tensors)
             for target in tensors:
@@ -105,10 +100,11 @@ def resize(
                 if progress is not None:
                     progress("growing", done, total)
         _copy_small_files(writer, source, config)
-        judged.result()
         writer.seal()
         measured = check(writer.folder) if check is not None else {}
         _write_record(writer, source, plan, parameters, measured)
+        if progress is not None:
+            progress("growing", total, total)
         writer.publish()
     return Resized(folder=out, parameters=parameters, nbytes=total, measured=measured)
 

@@ -16,6 +16,7 @@ _WIDEST = 8
 _LARGEST_MULTIPLIER = 1000
 _LARGEST_COUNT = 10**15
 _FARTHEST = 0.5
+_LONGEST = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def parse_multiplier(text: str) -> Fraction:
         SizeError: it is not a number, or is smaller than 1.
     """
     try:
-        value = Fraction(text)
+        value = _number(text)
     except (ValueError, ZeroDivisionError) as error:
         raise SizeError(f"multiplier {text!r} is not a number", "give one such as 2, 1.5 or 4/3") from error
     if value <= 0:
@@ -54,6 +55,14 @@ def parse_multiplier(text: str) -> Fraction:
     if value > _LARGEST_MULTIPLIER:
         raise SizeError(f"multiplier {text} is too large", f"give at most {_LARGEST_MULTIPLIER}")
     return value
+
+
+def _number(text: str) -> Fraction:
+    """A fraction of ordinary length; ``1e999999999`` would be a number of as many digits."""
+    _, _, exponent = text.lower().partition("e")
+    if len(text) > _LONGEST or len(exponent.lstrip("+-")) > 3:
+        raise ValueError(text)
+    return Fraction(text)
 
 
 def scaled(family: Family, config: Config, hidden: Fraction, intermediate: Fraction) -> Sizes:
@@ -158,7 +167,7 @@ def parse_count(text: str) -> int:
     unit = _UNITS.get(text[-1:].upper(), 1)
     number = text[:-1] if unit > 1 else text
     try:
-        value = Fraction(number.replace("_", "").replace(",", "")) * unit
+        value = _number(number.replace("_", "").replace(",", "")) * unit
     except (ValueError, ZeroDivisionError) as error:
         raise SizeError(f"{text!r} is not a number of parameters", "give one such as 360M or 1.5B") from error
     if value < 1:

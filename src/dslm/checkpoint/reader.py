@@ -181,6 +181,12 @@ def describe(
         UnsupportedFamilyError: a tensor is not in the table.
         CheckpointError: a tensor is missing, has another shape than the config implies, or is not a float.
     """
+    layers = family.dimensions(config)["layers"]
+    if layers > len(entries):
+        raise CheckpointError(
+            f"{name} lacks tensors: its config implies {layers} layers, and it holds {len(entries)}",
+            "config and weights do not belong together",
+        )
     layout = family.layout(config)
     redundant = {family.head} if family.is_tied(config) else set()
     kept = {k: e for k, e in entries.items() if k not in redundant and not family.is_ignored(k)}

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dslm.cli import interrupt
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -107,7 +109,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
     Nothing is drawn in the first second, when quiet, or where stderr is not a terminal.
     """
     if quiet or not sys.stderr.isatty():
-        yield lambda label, done, total: None
+        yield lambda label, done, total: interrupt.check()
         return
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -118,6 +120,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
     begin = time.monotonic()
 
     def update(label: str, done: int, total: int) -> None:
+        interrupt.check()
         if label not in tasks:
             tasks[label] = bar.add_task(label)
         bar.update(tasks[label], completed=done, total=total or None)

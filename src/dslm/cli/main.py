@@ -14,6 +14,7 @@ from difflib import get_close_matches
 
 import click
 
+from dslm.cli import interrupt
 from dslm.errors import DslmError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -92,6 +93,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     debug = bool(os.environ.get("DSLM_DEBUG", "").strip("0"))
     _listen(debug)
+    interrupt.listen()
     try:
         result = cli.main(args=list(arguments), prog_name="dslm", standalone_mode=False)
         sys.stdout.flush()
@@ -99,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 1
     except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted; nothing was written", 130, prefix="dslm:")
+        return _fail("interrupted; no unfinished output is left", 130, prefix="dslm:")
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -659,6 +659,14 @@ def test_ctrl_c_leaves_nothing_and_says_so_in_one_line(source, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_second_layout_of_the_weights_is_passed_over_but_never_guessed(source):
+    shutil.copy(source / "model.safetensors", source / "consolidated.safetensors")
+    assert {entry.file.name for entry in open_folder(source).entries.values()} == {"model.safetensors"}
+    (source / "model.safetensors").rename(source / "part.safetensors")
+    with pytest.raises(CheckpointError, match=r"2 safetensors files and no model\.safetensors\.index\.json"):
+        open_folder(source)
+
+
 # ---------------------------------------------------------------- sources that change
 
 

@@ -142,7 +142,9 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         weight_map = read_index(index)
         files = sorted(set(weight_map.values()))
     else:
-        files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+        whole = folder / "model.safetensors"  # beside it may lie the same weights in another layout
+        found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+        files = [whole] if whole in found else found
         if len(files) > 1:
             raise CheckpointError(
                 f"{folder} holds {len(files)} safetensors files and no model.safetensors.index.json",

@@ -285,7 +285,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "'x'",
     ),
     "index: not JSON": (write("model.safetensors.index.json", "{"), "index.json is not valid JSON"),
-    "no index": (lambda f: shutil.copy(f / "model.safetensors", f / "b.safetensors") and None, "2 safetensors files"),
+    "no index": (
+        lambda f: shutil.copy((f / "model.safetensors").rename(f / "a.safetensors"), f / "b.safetensors") and None,
+        "2 safetensors files",
+    ),
     "pickled": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin") and None, "pickled"),
     "weights: a folder": (
         lambda f: (f / "model.safetensors").unlink() or (f / "model.safetensors").mkdir(),
@@ -407,12 +410,24 @@ def test_a_plan_that_was_edited_is_checked_again(before, after, named, source, t
     assert re.search(named, line), line
 
 
+@pytest.mark.parametrize(
+    "option", [["--dtype", "float32"], ["--seed", "7"], ["-edm", "2"], ["--untie"]], ids=str
+)
+def test_a_plan_is_not_silently_mixed_with_options(option, source, tmp_path, capsys):
+    (tmp_path / "plan.yaml").write_text(doubled(source).to_yaml())
+    with nothing_happens(tmp_path):
+        command = ["up", str(source), "-o", str(tmp_path / "out"), "--plan", str(tmp_path / "plan.yaml")]
+        line = one_line(capsys, [*command, *option], 2)
+    assert "--plan" in line
+
+
 # ---------------------------------------------------------------- places for the output
 
 
 def _occupied(tmp_path: Path) -> Path:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("irreplaceable")
+    (tmp_path / "out" / "config.json").write_text("{}")
     return tmp_path / "out"
 
 
@@ -501,6 +516,19 @@ def test_overwrite_leaves_nothing_stale(linked, source, tmp_path):
     ]  # fmt: skip
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert snapshot(source) == before
+
+
+def test_overwrite_never_deletes_what_is_not_a_model(source, tmp_path, monkeypatch):
+    out = _occupied(tmp_path)
+    (out / "config.json").unlink()
+    with nothing_happens(tmp_path), pytest.raises(CheckpointError, match="not a model"):
+        grow(source, out, overwrite=True)
+    (out / "config.json").write_text("{}")
+    (out / "below").mkdir()
+    for here in (out, out / "below"):
+        monkeypatch.chdir(here)
+        with nothing_happens(tmp_path), pytest.raises(CheckpointError, match="folder you are in"):
+            grow(source, out, overwrite=True)
 
 
 def test_what_appeared_while_writing_is_not_overwritten(source, tmp_path):

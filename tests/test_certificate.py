@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dslm.checkpoint.reader import open_folder
 from dslm.verify import Report, compare_checkpoints
-from growing import draw_target, grow_or_nearest
+from growing import draw_target, grow, grow_or_nearest
 from pico import PICO, make_model, save
 
 FAMILIES = [(family, next(iter(variants))) for family, variants in PICO.items()]
@@ -31,6 +31,26 @@ def test_our_growth_is_the_same_function_alive_and_unlocked(family, variant, met
     assert report.liveness is not None
     assert report.liveness.alive, report.liveness.examples
     assert report.liveness.unlocked, report.liveness.examples
+
+
+def test_many_new_heads_on_kept_keys_stay_unlocked_under_a_norm_over_all_heads(tmp_path):
+    save(make_model("olmo2", "gqa-tied"), tmp_path / "source")
+    source = open_folder(tmp_path / "source")
+    target = source.sizes.replace(num_attention_heads=12)
+    report = compare_checkpoints(
+        source, open_folder(grow(source, tmp_path / "out", target, method="padding"))
+    )
+    assert report.verdict in ("identical", "same")
+    assert report.liveness is not None
+    assert report.liveness.unlocked, report.liveness.examples
+
+
+def test_a_growth_that_narrows_the_dtype_is_judged_by_that_dtype(tmp_path):
+    save(make_model("llama", "gqa-tied"), tmp_path / "source")
+    source = open_folder(tmp_path / "source")
+    target = source.sizes.replace(intermediate_size=96)
+    narrow = open_folder(grow(source, tmp_path / "out", target, dtype="BF16"))
+    assert compare_checkpoints(source, narrow, liveness=False).verdict == "rounded"
 
 
 def foreign(tmp_path: Path, sizes: dict[str, int], widen) -> Report:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dslm.checkpoint.reader import open_folder
+from dslm.errors import RecipeError
 from dslm.plan import METHOD_NAMES
 from growing import dimensions_of, draw_target, grow, grow_or_nearest, load, logits, off
 from pico import CASES, IDS, make_model, save, tokens
@@ -144,3 +145,13 @@ def test_each_tensor_keeps_its_own_dtype_unless_one_is_asked_for(tmp_path):
     assert kept.entries["model.layers.0.mlp.up_proj.weight"].dtype == "BF16"
     assert {entry.dtype for entry in cast.entries.values()} == {"F32"}
     assert "float32" in (cast.config.get("dtype"), cast.config.get("torch_dtype"))
+
+
+def test_numbers_too_large_for_float16_are_refused_by_name(tmp_path):
+    model = make_model("llama", "gqa-tied")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6
+    save(model, tmp_path / "source")
+    source = open_folder(tmp_path / "source")
+    with pytest.raises(RecipeError, match=r"layers\.1\.mlp\.up_proj.*float16"):
+        grow(source, tmp_path / "out", source.sizes.replace(intermediate_size=96), dtype="F16")
+    assert not (tmp_path / "out").exists()

@@ -152,12 +152,29 @@ def test_candidates_of_real_sizes_are_close_and_friendly(name, untie, times):
     assert 0.5 < ratio / (source.intermediate_size / source.hidden_size) < 2, "the proportions are lost"
 
 
-def test_the_source_itself_is_the_best_shape_for_its_own_count():
+def test_the_source_itself_is_no_growth():
     config = SMOLLM2
     family = load_family("llama")
-    first = candidates(family, config, total(config))[0]
-    assert first.sizes == Sizes.from_config(family, config)
-    assert first.off == 0
+    source = Sizes.from_config(family, config)
+    assert source not in [c.sizes for c in candidates(family, config, round(total(config) * 1.03), count=50)]
+    with pytest.raises(SizeError, match="choose another number"):
+        candidates(family, config, total(config))
+
+
+def test_no_shape_is_offered_that_up_would_refuse():
+    """A tied table under LayerNorm grows by whole multiples only, and not by padding; net2net widens the FFN only."""
+    opt = {
+        "model_type": "opt",
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
+    family, wanted = load_family("opt"), round(total(opt) * 1.6)
+    assert all(c.sizes.hidden_size % 768 == 0 for c in candidates(family, opt, wanted))
+    assert any(c.sizes.hidden_size % 768 for c in candidates(family, opt, wanted, untie=True))
+    for method in ("padding", "net2net"):
+        assert all(c.sizes.hidden_size == 768 for c in candidates(family, opt, wanted, method=method))
 
 
 def test_an_untied_table_beyond_the_target_is_refused_or_approached_but_never_nothing():

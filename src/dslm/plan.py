@@ -17,7 +17,7 @@ from dslm.sizes import WORDS, Sizes, check_legal, differing
 METHOD_NAMES = ("hypercloning", "net2net", "padding")
 SPLIT_NAMES = ("uneven", "even", "noise")
 DTYPE_CODES = ("F64", "F32", "F16", "BF16")
-_GROWN = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+GROWN = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Plan:
             raise RecipeError(
                 f"cannot read {path}: {error.strerror}", "write one with dslm plan --yaml"
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
             raise RecipeError(f"{path} is not a plan: {error}", "write one with dslm plan --yaml") from error
         wrong = _wrong_types(plan)
         if wrong:
@@ -144,7 +144,7 @@ def plan_growth(
 def _dimensions_to_grow(source: Sizes, target: Sizes) -> list[str]:
     """The dimensions that need a method; both head counts are one matter."""
     changed = differing(source, target)
-    words = [word for word in _GROWN if word in changed]
+    words = [word for word in GROWN if word in changed]
     if "num_key_value_heads" in words and "num_attention_heads" not in words:
         words.append("num_attention_heads")
     return words
@@ -159,7 +159,7 @@ def check_plan(plan: Plan, family: Family, config: Config) -> None:
     """
     if plan.family != family.name or plan.source != Sizes.from_config(family, config):
         raise RecipeError(
-            f"the plan is for another model: {plan.model}", "make one for this model with dslm plan --yaml"
+            f"the plan is for another model, {plan.model}", "make one for this model with dslm plan --yaml"
         )
     check_growth(plan.source, plan.target)
     check_legal(family, config, plan.target)
@@ -172,6 +172,10 @@ def check_plan(plan: Plan, family: Family, config: Config) -> None:
             )
     if plan.split not in SPLIT_NAMES:
         raise RecipeError(f"unknown split {plan.split!r}", f"known are {', '.join(SPLIT_NAMES)}")
+    if (plan.split == "noise") is not (plan.snr_db is not None):
+        raise RecipeError(
+            f"split {plan.split!r} with snr_db {plan.snr_db}", "the noise split, and only it, has a level"
+        )
     if plan.dtype is not None and plan.dtype not in DTYPE_CODES:
         raise RecipeError(f"unknown dtype {plan.dtype!r}", f"known are {', '.join(DTYPE_CODES)}")
     if plan.seed < 0:
@@ -197,11 +201,11 @@ def check_growth(source: Sizes, target: Sizes) -> None:
     """
     for word in WORDS:
         before, after = getattr(source, word), getattr(target, word)
-        if word in _GROWN and 0 < after < before:
+        if word in GROWN and 0 < after < before:
             raise SizeError(
                 f"{word} {after} is smaller than the source's {before}", "up only grows; dslm down shrinks"
             )
-        if word not in _GROWN and after != before:
-            raise SizeError(f"{word} cannot change from {before} to {after}", f"up grows {', '.join(_GROWN)}")
+        if word not in GROWN and after != before:
+            raise SizeError(f"{word} cannot change from {before} to {after}", f"up grows {', '.join(GROWN)}")
     if target.tied and not source.tied:
         raise SizeError("two separate tables cannot become a tied one", "leave tie_word_embeddings as it is")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from math import log2
 
 from dslm.errors import SizeError
@@ -116,17 +117,13 @@ def with_hidden(family: Family, config: Config, source: Sizes, hidden_size: int)
         if is_legal(family, config, target):
             options.append((abs(kv_heads / source.num_key_value_heads / ratio - 1), target))
     if not options:
-        legal = [n for n in _nearby(hidden_size) if _has_heads(family, config, source, n)]
+        near = sorted(range(source.hidden_size, 2 * hidden_size), key=lambda n: abs(n - hidden_size))
+        legal = islice((n for n in near if _has_heads(family, config, source, n)), 2)
         raise SizeError(
             f"no head counts are legal for {family.name} with hidden_size {hidden_size}",
             f"nearest legal hidden_size: {' or '.join(map(str, legal))}",
         )
     return min(options, key=lambda option: (option[0], -option[1].num_attention_heads))[1]
-
-
-def _nearby(size: int) -> Iterable[int]:
-    """A few sizes on either side."""
-    return [*range(size - 8, size), *range(size + 1, size + 9)]
 
 
 def _has_heads(family: Family, config: Config, source: Sizes, hidden_size: int) -> bool:
@@ -178,7 +175,13 @@ def parse_count(text: str) -> int:
 
 
 def candidates(
-    family: Family, config: Config, parameters: int, *, count: int = 8, untie: bool = False
+    family: Family,
+    config: Config,
+    parameters: int,
+    *,
+    count: int = 8,
+    untie: bool = False,
+    method: str = "hypercloning",
 ) -> list[Candidate]:
     """Legal shapes near a number of parameters, best first.
 
@@ -192,6 +195,7 @@ def candidates(
         parameters: how many the result should have.
         count: how many candidates to return.
         untie: the result has two tables.
+        method: how it will be grown; some shapes have no exact growth (a tied table under LayerNorm).
 
     Raises:
         SizeError: the target is smaller than the source, or out of reach.
@@ -207,8 +211,11 @@ def candidates(
         source = source.replace(tied=False)
     found: dict[Sizes, Candidate] = {}
     for hidden_size in _widths(source, family):
+        if not _is_growable(family, config, source, hidden_size, method):
+            continue
         for sizes in _shapes(family, config, source, hidden_size, parameters):
             found[sizes] = _candidate(family, config, source, sizes, parameters)
+    found.pop(source, None)
     near = [c for c in found.values() if abs(c.off) <= _FARTHEST]
     if not near:
         raise SizeError(
@@ -217,6 +224,19 @@ def candidates(
             "choose another number, or give the sizes by name",
         )
     return sorted(near, key=lambda c: (c.score, c.parameters))[:count]
+
+
+def _is_growable(family: Family, config: Config, source: Sizes, hidden_size: int, method: str) -> bool:
+    """Whether an exact growth of the stream to this width exists; the reasons stand in `dslm.grow.maps`."""
+    if hidden_size == source.hidden_size:
+        return True
+    if method == "net2net":
+        return False
+    whole = hidden_size % source.hidden_size == 0 and method == "hypercloning"
+    if family.norm == "rms" or whole:
+        return True
+    on_stream = "hidden" in family.layout(config)[family.embedding].spec.dimensions
+    return family.holds(family.norm_on_read, config) and not (source.tied and on_stream)
 
 
 def _widths(source: Sizes, family: Family) -> list[int]:

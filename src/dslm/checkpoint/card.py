@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from dslm.checkpoint.config import DTYPE_NAMES
 from dslm.plan import Plan
 from dslm.sizes import differing
 
@@ -22,7 +23,7 @@ def command_of(plan: Plan) -> str:
     words.append(f"--split {plan.split}" if plan.snr_db is None else f"--snr-db {plan.snr_db:g}")
     words.append(f"--seed {plan.seed}")
     if plan.dtype is not None:
-        words.append(f"--dtype {plan.dtype.lower()}")
+        words.append(f"--dtype {DTYPE_NAMES[plan.dtype]}")
     return " ".join(words)
 
 

@@ -15,12 +15,14 @@ _NOT_COPIED = re.compile(
     r"|.*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|ot|py|partial|lock)|\..*",
     re.IGNORECASE,
 )
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def files_to_copy(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config, licence: everything beside the weights, sorted by name."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and not _NOT_COPIED.fullmatch(p.name))
+    """Tokenizer, chat templates, generation config, licence: everything beside the weights, sorted by name."""
+    files = [p for p in folder.iterdir() if p.is_file() and not _NOT_COPIED.fullmatch(p.name)]
+    templates = folder / "additional_chat_templates"
+    return sorted([*files, templates] if templates.is_dir() else files)
 
 
 def with_dtype(config: Mapping[str, Any], code: str | None) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def with_dtype(config: Mapping[str, Any], code: str | None) -> dict[str, Any]:
     edited = dict(config)
     if code is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in edited] or ["torch_dtype"]
-        edited.update(dict.fromkeys(keys, _DTYPE_NAMES[code]))
+        edited.update(dict.fromkeys(keys, DTYPE_NAMES[code]))
     return edited
 
 

@@ -24,9 +24,11 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         parsed = AutoConfig.for_model(config["model_type"], **values)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(parsed)
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise SizeError(f"transformers refuses these sizes: {reason}", "choose others") from error
+        raise SizeError(
+            f"transformers refuses the config: {reason}", "choose other sizes, or mend the source"
+        ) from error
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}

@@ -66,6 +66,16 @@ def check_output(out: Path, source: Path | None, nbytes: int, *, overwrite: bool
         raise CheckpointError(
             f"output {out} exists and is not empty", "choose another with -o, or give --overwrite"
         )
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        raise CheckpointError(
+            f"output {out} is the folder you are in, or above it", "write somewhere else with -o"
+        )
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise CheckpointError(
+            f"output {out} holds something that is not a model, which --overwrite would delete",
+            "choose another with -o",
+        )
     parent = next(p for p in place.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"cannot write into {parent}", "choose another place with -o")
@@ -145,8 +155,11 @@ class Writer:
         (self.folder / name).write_text(text, encoding="utf-8")
 
     def add_copy(self, path: Path) -> None:
-        """Copy a file of the source byte for byte."""
-        shutil.copyfile(path, self.folder / path.name)
+        """Copy a file or a folder of the source byte for byte."""
+        if path.is_dir():
+            shutil.copytree(path, self.folder / path.name, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(path, self.folder / path.name)
 
     def _end_shard(self) -> None:
         if self._file is not None:
@@ -185,10 +198,10 @@ class Writer:
         self.out.rename(old)
         try:
             self.folder.rename(self.out)
-        except OSError:
+        except BaseException:
             old.rename(self.out)
             raise
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dslm.checkpoint.config import DTYPE_NAMES
 from dslm.cli.common import console, model_argument, open_model, output_options, print_json
 from dslm.report.tables import columns_table, pairs_table, short_bytes, short_count
 from dslm.sizes import count_parameters, kv_cache_bytes_per_token
@@ -13,7 +14,6 @@ from dslm.sizes import count_parameters, kv_cache_bytes_per_token
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PARTS = {
     "embedding": "embedding",
     "attention": "attention",
@@ -62,7 +62,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": family.source,
         "sizes": sizes.as_dict(),
         "context_length": context,
-        "dtype": _DTYPES[checkpoint.dtype],
+        "dtype": DTYPE_NAMES[checkpoint.dtype],
         "parameters": counts,
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.entries),

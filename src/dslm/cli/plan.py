@@ -8,12 +8,10 @@ import click
 
 from dslm.cli.common import console, model_argument, open_model, output_options, print_json
 from dslm.errors import CheckpointError
-from dslm.plan import METHOD_NAMES, plan_growth
+from dslm.plan import GROWN, METHOD_NAMES, plan_growth
 from dslm.report.tables import columns_table
 from dslm.sizes import count_parameters
 from dslm.targets import Candidate, candidates, parse_count
-
-_SHOWN = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 @click.command(short_help="Show legal shapes near a size.")
@@ -22,7 +20,11 @@ _SHOWN = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 @click.option("-n", "--count", type=click.IntRange(1), default=8, show_default=True, help="How many shapes.")
 @click.option("--untie", is_flag=True, help="The output has its own table.")
 @click.option(
-    "--method", type=click.Choice(METHOD_NAMES), default="hypercloning", show_default=True, help="For --yaml."
+    "--method",
+    type=click.Choice(METHOD_NAMES),
+    default="hypercloning",
+    show_default=True,
+    help="How it will be grown.",
 )
 @click.option(
     "--yaml",
@@ -49,7 +51,7 @@ def command(
     """
     source = open_model(model, weights=False, quiet=quiet)
     wanted = parse_count(params)
-    found = candidates(source.family, source.config, wanted, count=count, untie=untie)
+    found = candidates(source.family, source.config, wanted, count=count, untie=untie, method=method)
     if yaml_file is not None:
         plan = plan_growth(source.name, source.family, source.config, found[0].sizes, method=method)
         try:
@@ -72,7 +74,7 @@ def command(
 
 
 def _row(rank: int, candidate: Candidate) -> tuple[str, ...]:
-    widths = [f"{getattr(candidate.sizes, word):,}" for word in _SHOWN]
+    widths = [f"{getattr(candidate.sizes, word):,}" for word in GROWN]
     return (
         str(rank),
         *widths,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dslm.checkpoint.config import DTYPE_NAMES
 from dslm.cli.common import (
     console,
     model_argument,
@@ -17,7 +19,7 @@ from dslm.cli.common import (
     progress_bar,
 )
 from dslm.errors import RecipeError, VerificationError
-from dslm.plan import METHOD_NAMES, Plan, check_plan, plan_growth
+from dslm.plan import GROWN, METHOD_NAMES, Plan, check_plan, plan_growth
 from dslm.report.tables import columns_table, short_count
 from dslm.sizes import Sizes, count_parameters, differing
 from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled
@@ -26,12 +28,9 @@ if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
     from dslm.cli.common import Progress
 
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-
 
 def _size_options(function: Any) -> Any:
-    for word in reversed(_SIZES):
+    for word in reversed(GROWN):
         option = f"--{word.replace('_', '-')}"
         function = click.option(option, word, type=int, metavar="N", help=f"Target {word}.")(function)
     return function
@@ -82,7 +81,9 @@ def _size_options(function: Any) -> Any:
 @click.option("--untie", is_flag=True, help="Give the output its own table.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")
 @click.option(
-    "--dtype", type=click.Choice(list(_DTYPES)), help="dtype of the output. [default: as the source]"
+    "--dtype",
+    type=click.Choice(list(DTYPE_NAMES.values())),
+    help="dtype of the output. [default: as the source]",
 )
 @click.option(
     "--verify",
@@ -109,8 +110,11 @@ def command(
     Sizes come from multipliers, by name, from --params, or from --like. The output is a plain checkpoint of the
     same architecture in the source's dtype.
     """
+    if plan_file is not None:
+        _refuse_beside_plan(click.get_current_context())
     source = open_model(model, weights=not dry_run, quiet=quiet)
     plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, dtype, options)
+    plan = replace(plan, model=source.name)
     check_plan(plan, source.family, source.config)
     facts = _facts(source, plan)
     if not differing(plan.source, plan.target) and plan.dtype is None:
@@ -119,14 +123,39 @@ def command(
         )
     out = output or Path(f"{source.name.split('/')[-1]}-{short_count(facts['parameters']['after'])}")
     if dry_run:
+        from dslm.checkpoint.reader import torch_dtype
+        from dslm.grow.maps import build_growth
+
+        build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
         _report(facts | {"output": None}, as_json)
         return
     from dslm.resize import resize
 
     with progress_bar(quiet=quiet) as progress:
-        check = partial(_verify, source, out.name, progress, quiet or as_json) if verify else None
+        check = partial(_verify, source, out.resolve().name, progress, quiet or as_json) if verify else None
         done = resize(source, plan, out, overwrite=overwrite, check=check, progress=progress)
     _report(facts | {"output": str(out), "measured": dict(done.measured)}, as_json)
+
+
+def _refuse_beside_plan(context: click.Context) -> None:
+    """A plan says everything about the target: an option that it would silently overrule is a mistake."""
+    free = {
+        "model",
+        "model_option",
+        "output",
+        "plan_file",
+        "verify",
+        "overwrite",
+        "dry_run",
+        "as_json",
+        "quiet",
+    }
+    for name in context.params.keys() - free:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = next(p.opts[-1] for p in context.command.params if p.name == name)
+            raise click.UsageError(
+                f"{option} and --plan were given; the plan says everything about the target"
+            )
 
 
 def _plan(source: Checkpoint, dtype: str | None, options: dict[str, Any]) -> Plan:
@@ -142,7 +171,7 @@ def _plan(source: Checkpoint, dtype: str | None, options: dict[str, Any]) -> Pla
         split=options["split"],
         snr_db=options["snr_db"],
         seed=options["seed"],
-        dtype=_DTYPES[dtype] if dtype else None,
+        dtype=next((code for code, name in DTYPE_NAMES.items() if name == dtype), None),
     )
 
 
@@ -153,7 +182,7 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
         RecipeError: two ways of asking were mixed.
         SizeError: what is asked for is not legal.
     """
-    named = {word: options[word] for word in _SIZES if options[word] is not None}
+    named = {word: options[word] for word in GROWN if options[word] is not None}
     hidden_times, ffn_times = options["embed_dim_multiplier"], options["up_proj_multiplier"]
     asked = {
         "--params": options["params"],
@@ -164,11 +193,15 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
     ways = [way for way, given in asked.items() if given is not None]
     if len(ways) > 1 and set(ways) != {"multipliers", "sizes by name"}:
         raise RecipeError(f"{' and '.join(ways)} were given", "ask for the size in one way")
+    for word, times in (("hidden_size", hidden_times), ("intermediate_size", ffn_times)):
+        if word in named and times is not None:
+            raise RecipeError(f"{word} was given by name and by multiplier", "ask for the size in one way")
     family, config = source.family, source.config
     if options["params"] is not None:
-        return candidates(family, config, parse_count(options["params"]), untie=options["untie"])[0].sizes
+        wanted = parse_count(options["params"])
+        return candidates(family, config, wanted, untie=options["untie"], method=options["method"])[0].sizes
     if options["like_model"] is not None:
-        return like(source.sizes, open_model(options["like_model"], weights=False).sizes)
+        return like(source.sizes, open_model(options["like_model"], weights=False, quiet=True).sizes)
     hidden = parse_multiplier("1" if hidden_times is None else hidden_times)
     intermediate = parse_multiplier("1" if ffn_times is None else ffn_times)
     return scaled(family, config, hidden, intermediate).replace(**named)

@@ -104,10 +104,6 @@ class TensorSpec:
         """Shape on disk, in elements."""
         return tuple(axis.size(sizes) for axis in self.axes)
 
-    def axis_with(self, role: Role) -> int | None:
-        """Position of the first storage axis with ``role``, or None."""
-        return next((i for i, axis in enumerate(self.axes) if axis.role is role), None)
-
     @property
     def dimensions(self) -> tuple[str, ...]:
         """Names of all dimensions of the tensor, without repeats."""

@@ -12,6 +12,7 @@ from math import prod
 import numpy as np
 import torch
 
+from dslm.errors import RecipeError
 from dslm.families import Tensor
 from dslm.families.axes import Role
 from dslm.grow.axis_map import AxisMap
@@ -19,7 +20,9 @@ from dslm.grow.maps import TensorMap
 from dslm.grow.split import Split, split_columns
 
 CHUNK_BYTES = 16 << 20
-"""Target bytes worked on at once; with the copies that arithmetic makes, a few times this is all the memory used."""
+"""Target bytes worked on at once; with the copies that arithmetic makes, a few times this is all the memory used.
+
+Randomness is drawn anew for each piece, so another value gives other (equally good) bytes for the same plan."""
 
 ReadRows = Callable[[int, int], torch.Tensor]
 
@@ -53,7 +56,15 @@ def grown_rows(
         piece = _gather(row_map, start, stop, read)
         if not what.is_identity:
             piece = _mapped(tensor, what, piece, mean, slice(start, stop), dtype, split, seed)
-        yield piece.to(dtype)
+        yield _cast(piece, dtype, tensor.name)
+
+
+def _cast(piece: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """``piece`` in the target's dtype; float16 alone can overflow."""
+    cast = piece.to(dtype)
+    if dtype is torch.float16 and not torch.isfinite(cast).all():
+        raise RecipeError(f"{name!r} has numbers too large for float16", "take --dtype bfloat16 or float32")
+    return cast
 
 
 def _gather(row_map: AxisMap | None, start: int, stop: int, read: ReadRows) -> torch.Tensor:
@@ -104,9 +115,10 @@ def _mapped(
         exact_RI = exact_RI - what.gain_offset
     result = exact_RI
     if len(what.axes) == 2 and (column_map := what.axes[1]) is not None:
-        reads = tensor.spec.axes[1].role is Role.READ
-        columns = _read_columns if reads else _write_columns
-        result = columns(exact_RI, column_map, scale_R1, dtype, split, random)
+        if tensor.spec.axes[1].role is Role.READ:
+            result = _read_columns(exact_RI, column_map, scale_R1, dtype, split, random)
+        else:
+            result = _write_columns(exact_RI, column_map)
     if row_map is not None and (new := torch.from_numpy(row_map.new[rows])).any():
         _fill_new_rows(result, new, row_map, scale_R1, what, random)
     return result
@@ -131,14 +143,7 @@ def _only_copies(tensor: Tensor, what: TensorMap) -> bool:
     )
 
 
-def _write_columns(
-    exact_RI: torch.Tensor,
-    axis: AxisMap,
-    scale_R1: torch.Tensor | None,
-    dtype: torch.dtype,
-    split: Split,
-    random: np.random.Generator,
-) -> torch.Tensor:
+def _write_columns(exact_RI: torch.Tensor, axis: AxisMap) -> torch.Tensor:
     """Columns that write a dimension: an input table."""
     if axis.centred:
         exact_RI = exact_RI - exact_RI.mean(dim=1, keepdim=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 
+import numpy as np
 import torch
 
 from dslm.errors import RecipeError, SizeError
@@ -93,8 +94,10 @@ def _gain_map(axis: AxisMap, *, over_heads: bool) -> AxisMap:
 
     New channels take a gain like those they imitate.
     """
-    amplitude = 1.0 / axis.amplitude if over_heads else axis.amplitude * 0.0 + 1.0
-    return AxisMap(size=axis.size, source=axis.source, new=axis.new & False, amplitude=amplitude)
+    amplitude = 1.0 / axis.amplitude if over_heads else np.ones(axis.target)
+    return AxisMap(
+        size=axis.size, source=axis.source, new=np.zeros(axis.target, dtype=bool), amplitude=amplitude
+    )
 
 
 def build_growth(family: Family, config: Config, plan: Plan, dtype: torch.dtype) -> Growth:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from dslm.families import Family
-from dslm.grow.axis_map import AxisMap, padded, weighted_copies
+from dslm.grow import hypercloning
+from dslm.grow.axis_map import AxisMap, padded
 from dslm.grow.heads import lay_out_heads
 from dslm.sizes import Sizes
 
@@ -32,15 +33,15 @@ def intermediate(family: Family, source: Sizes, target: Sizes, seed: int) -> Axi
 def heads(family: Family, source: Sizes, target: Sizes, seed: int) -> dict[str, AxisMap]:
     """New heads have random queries, keys and values, and an output of zero.
 
-    Where a norm runs over all heads together (OLMo-2) random queries and keys would disturb the old ones: there
-    queries and keys are weighted copies, and only values are new.
+    Where a norm runs over all heads together (OLMo-2) random queries and keys would disturb the old ones, so new
+    heads are copies there, as in `hypercloning`.
     """
+    if any(axis.normed for specs in family.tensors.values() for spec in specs for axis in spec.axes):
+        return hypercloning.heads(family, source, target, seed)
     layout = lay_out_heads(source, target)
     return {
         "heads": _silent(layout.heads, layout.new_heads, source.num_attention_heads),
         "kv_heads": _silent(layout.kv_heads, layout.new_kv_heads, source.num_key_value_heads),
-        "normed heads": weighted_copies(layout.heads, source.num_attention_heads),
-        "normed kv_heads": weighted_copies(layout.kv_heads, source.num_key_value_heads),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dslm.checkpoint.reader import Checkpoint, torch_dtype
+from dslm.checkpoint.reader import Checkpoint
 from dslm.load import load_model
 from dslm.verify.units import Shuffle, parts_of
 
@@ -141,21 +141,23 @@ def compare_models(
     return pair.comparison(), floor.comparison()
 
 
-def storage_floor(a: Checkpoint, windows: list[Tensor], *, dtype: str = "float32") -> Comparison | None:
-    """What one more rounding of every weight to its own dtype does to a model.
+def storage_floor(
+    a: Checkpoint, stored: torch.dtype, windows: list[Tensor], *, dtype: str = "float32"
+) -> Comparison | None:
+    """What one more rounding of every weight to the dtype it is stored in does to a model.
 
     A growth that scales weights by irrational amplitudes has to round them once more, and cannot be expected to
     come closer than this. Each matrix is scaled, rounded, and scaled back.
 
     Args:
         a: the model.
+        stored: the dtype to round to.
         windows: token ids, each ``[1, T]``.
         dtype: of the computation.
 
     Returns:
         The rounded model against the model, or None where the weights are stored as finely as is computed.
     """
-    stored = torch_dtype(a.dtype)
     if stored.itemsize >= getattr(torch, dtype).itemsize:
         return None
     model, rounded = (load_model(a, dtype=dtype, attention="eager") for _ in range(2))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dslm.checkpoint.reader import Checkpoint
+from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.errors import VerificationError
 from dslm.sizes import count_parameters
 from dslm.verify.exactness import Comparison, compare_models, storage_floor
@@ -137,7 +137,8 @@ def compare_checkpoints(
     """
     windows, described = token_windows([a, b], text)
     comparison, floor = compare_models(a, b, windows, dtype=dtype, progress=progress)
-    storage = None if is_rounding(comparison, floor) else storage_floor(a, windows, dtype=dtype)
+    stored = min((torch_dtype(model.dtype) for model in (a, b)), key=lambda kind: kind.itemsize)
+    storage = None if is_rounding(comparison, floor) else storage_floor(a, stored, windows, dtype=dtype)
     certificate = certify(b, windows[0], source=a, progress=progress) if liveness else None
     return Report(
         a=a.name,

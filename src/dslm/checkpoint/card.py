@@ -45,8 +45,8 @@ def render_card(
         source_metadata: front matter of the source's card, for its licence and languages.
         measured: what was measured about the output, by label.
     """
-    is_hub_id = plan.model.count("/") == 1 and not plan.model.startswith((".", "/"))
-    metadata: dict[str, Any] = {"base_model": plan.model} if is_hub_id else {}
+    hub_id = plan.model.partition("@")[0] if plan.model.count("/") == 1 else ""
+    metadata: dict[str, Any] = {"base_model": hub_id} if hub_id else {}
     for key in ("license", "license_name", "license_link", "language"):
         if key in source_metadata:
             metadata[key] = source_metadata[key]
@@ -62,7 +62,7 @@ def render_card(
     return template.from_string(text).render(
         name=name,
         plan=plan,
-        link=f"https://huggingface.co/{plan.model}" if is_hub_id else "",
+        link=f"https://huggingface.co/{hub_id}" if hub_id else "",
         before=counts[0],
         after=counts[1],
         changes=differing(plan.source, plan.target),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dslm.checkpoint.reader import Checkpoint, open_folder
+from dslm.checkpoint.writer import sync
 from dslm.errors import CheckpointError, MissingExtraError
 
 Progress = Callable[[str, int, int], None]
@@ -157,7 +158,7 @@ def _convert_beside(path: Path, target: Path, name: str, progress: Progress | No
         convert(path, work, progress)
         open_folder(work, name=name).close()
         for file in work.iterdir():
-            _sync(file)
+            sync(file)
         try:
             work.rename(target)
         except OSError:
@@ -172,11 +173,3 @@ def _remove_abandoned(target: Path) -> None:
     for folder in target.parent.glob(f".{target.name}-*"):
         if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

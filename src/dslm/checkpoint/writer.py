@@ -181,10 +181,10 @@ class Writer:
         """Sync everything and move the folder to its place."""
         for path in self.folder.iterdir():
             if path.suffix != ".safetensors":
-                _sync(path)
-        _sync(self.folder)
+                sync(path)
+        sync(self.folder)
         self._move_into_place()
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
     def _move_into_place(self) -> None:
         if not self.out.exists():
@@ -242,7 +242,8 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -114,7 +114,7 @@ def command(
         _refuse_beside_plan(click.get_current_context())
     source = open_model(model, weights=not dry_run, quiet=quiet)
     plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, dtype, options)
-    plan = replace(plan, model=source.name)
+    plan = replace(plan, model=_recorded_name(model, source))
     check_plan(plan, source.family, source.config)
     facts = _facts(source, plan)
     if not differing(plan.source, plan.target) and plan.dtype is None:
@@ -135,6 +135,12 @@ def command(
         check = partial(_verify, source, out.resolve().name, progress, quiet or as_json) if verify else None
         done = resize(source, plan, out, overwrite=overwrite, check=check, progress=progress)
     _report(facts | {"output": str(out), "measured": dict(done.measured)}, as_json)
+
+
+def _recorded_name(model: str, source: Checkpoint) -> str:
+    """What card and record call the source: as it was named, except that the place of a file is nobody's business."""
+    is_place = Path(model).expanduser().exists() or model.lower().endswith(".gguf")
+    return source.name if is_place else model
 
 
 def _refuse_beside_plan(context: click.Context) -> None:

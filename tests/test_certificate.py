@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dslm.checkpoint.reader import open_folder
+from dslm.cli.main import cli
+from dslm.errors import VerificationError
+from dslm.grow import axis_map, hypercloning
 from dslm.verify import Report, compare_checkpoints
 from growing import draw_target, grow, grow_or_nearest
 from pico import PICO, make_model, save
@@ -123,3 +128,36 @@ def test_padding_that_zeroes_both_sides_is_exact_and_dead(tmp_path):
     assert not report.liveness.alive
     ffn = next(space for space in report.liveness.spaces if space.name == "FFN units")
     assert ffn.dead == 12 * PICO["llama"]["mha"]["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("split", ["even", "uneven"])
+def test_up_verifies_before_anything_appears(split, tmp_path):
+    """Even copies are locked, which is what was asked for; another function is never written."""
+    save(make_model("llama", "gqa-tied"), tmp_path / "source")
+    command = ["up", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "-upm", "2", "--split", split]
+    result = CliRunner().invoke(cli, [*command, "--verify", "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout)["measured"]
+    assert measured["verdict"] in ("identical", "same")
+    assert measured["alive"] is True
+    assert measured["unlocked"] is (split == "uneven")
+    assert json.loads((tmp_path / "out" / "dslm.json").read_text())["measured"] == measured
+
+
+def test_up_does_not_keep_what_fails_verification(tmp_path, monkeypatch):
+    monkeypatch.setattr(hypercloning, "weighted_copies", axis_map.copies)
+    save(make_model("llama", "gqa-tied"), tmp_path / "source")
+    command = [
+        "up",
+        str(tmp_path / "source"),
+        "-o",
+        str(tmp_path / "out"),
+        "--hidden-size",
+        "48",
+        "--verify",
+        "-q",
+    ]
+    result = CliRunner().invoke(cli, command)
+    assert isinstance(result.exception, VerificationError)
+    assert "is not the function" in str(result.exception)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -173,6 +173,17 @@ def test_no_shape_is_offered_that_up_would_refuse():
     family, wanted = load_family("opt"), round(total(opt) * 1.6)
     assert all(c.sizes.hidden_size % 768 == 0 for c in candidates(family, opt, wanted))
     assert any(c.sizes.hidden_size % 768 for c in candidates(family, opt, wanted, untie=True))
+    olmo = {
+        "model_type": "olmo",
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    }
+    tied = olmo | {"tie_word_embeddings": True}
+    assert {c.sizes.hidden_size for c in candidates(load_family("olmo"), tied, round(total(tied) * 1.3))} == {
+        512
+    }
     for method in ("padding", "net2net"):
         assert all(c.sizes.hidden_size == 768 for c in candidates(family, opt, wanted, method=method))
 

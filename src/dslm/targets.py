@@ -232,11 +232,12 @@ def _is_growable(family: Family, config: Config, source: Sizes, hidden_size: int
         return True
     if method == "net2net":
         return False
+    layout = family.layout(config)
+    tied = source.tied and "hidden" in layout[family.embedding].spec.dimensions
+    if tied and f"{family.final_norm}.weight" not in layout:
+        return False
     whole = hidden_size % source.hidden_size == 0 and method == "hypercloning"
-    if family.norm == "rms" or whole:
-        return True
-    on_stream = "hidden" in family.layout(config)[family.embedding].spec.dimensions
-    return family.holds(family.norm_on_read, config) and not (source.tied and on_stream)
+    return family.norm == "rms" or whole or (family.holds(family.norm_on_read, config) and not tied)
 
 
 def _widths(source: Sizes, family: Family) -> list[int]:

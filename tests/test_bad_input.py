@@ -552,6 +552,26 @@ def test_what_a_killed_run_left_is_no_obstacle(source, tmp_path):
     assert open_folder(tmp_path / "out").sizes.hidden_size == 64
 
 
+@pytest.mark.parametrize("after", [1, 2])
+def test_ctrl_c_between_the_two_renames_loses_nothing(after, source, tmp_path, monkeypatch):
+    """The old folder steps aside, the new one takes its place: one of the two is there whenever it stops."""
+    out, rename, calls = _occupied(tmp_path), Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        found = rename(self, target)
+        calls.append(target)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        grow(source, out, overwrite=True)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert (out / "thesis.txt").exists() is (after == 1)
+    assert (out / "model.safetensors").exists() is (after == 2)
+
+
 # ---------------------------------------------------------------- full disks and interruptions
 
 

@@ -195,13 +195,14 @@ class Writer:
                 f"output {self.out} appeared while this was written", "choose another with -o"
             )
         old = self.folder.with_suffix(".old")
-        self.out.rename(old)
         try:
+            self.out.rename(old)
             self.folder.rename(self.out)
-        except BaseException:
-            old.rename(self.out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        finally:  # whatever comes between the two renames, Ctrl-C too, the old folder goes back
+            if self.out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(self.out)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

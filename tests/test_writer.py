@@ -374,3 +374,44 @@ def test_memory_is_a_few_pieces_of_a_tensor_whatever_the_model(tmp_path):
     assert measured["large"] > 200e6 > 4 * measured["small"]
     assert measured["after_large"] - measured["base"] < 150e6, measured
     assert measured["after_large"] - measured["after_small"] < 20e6, measured
+
+
+# ---------------------------------------------------------------- the check beside the stream
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the check comes first")
+def test_the_check_in_its_own_process_refuses_like_the_one_in_ours(tmp_path):
+    """Without transformers imported, a forked process checks, and what it says stops the output."""
+    source = make_source(tmp_path / "source")
+    code = """
+import sys
+from pathlib import Path
+import dslm.checkpoint.oracle as oracle
+from dslm.checkpoint.reader import open_folder
+from dslm.errors import CheckpointError
+from dslm.plan import plan_growth
+from dslm.resize import resize
+
+source, out, lie = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "lie"
+checkpoint = open_folder(source)
+target = checkpoint.sizes.replace(intermediate_size=96)
+expected = oracle.expected_shapes
+if lie:
+    oracle.expected_shapes = lambda config: expected(config) | {"extra": (1,)}
+try:
+    resize(checkpoint, plan_growth("tiny", checkpoint.family, checkpoint.config, target), out)
+    print("written")
+except CheckpointError as error:
+    print(error)
+print("transformers" in sys.modules)
+"""
+    for lie, said in (("no", "written"), ("lie", "'extra' is None here and (1,) in transformers")):
+        out = tmp_path / lie
+        command = [sys.executable, "-c", code, str(source), str(out), lie]
+        first, imported = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert first.startswith(said)
+        assert imported == "False", "this process must not have paid for the import"
+        assert out.exists() is (lie == "no")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["no", "source"]

@@ -15,7 +15,7 @@ import torch
 
 from dslm.checkpoint.card import command_of, render_card
 from dslm.checkpoint.config import card_metadata, config_text, files_to_copy, with_dtype
-from dslm.checkpoint.oracle import check_against_oracle
+from dslm.checkpoint.oracle import checking_beside
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned, Writer, check_output
 from dslm.errors import CheckpointError
@@ -89,9 +89,12 @@ def resize(
     growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
     split = split_named(plan.split, plan.snr_db)
     parameters = _count(source.family, source.config), _count(source.family, config)
-    check_against_oracle(config, {tensor.name: tensor.shape for tensor in layout.values()})
+    shapes = {tensor.name: tensor.shape for tensor in layout.values()}
     done = 0
-    with Writer(out, planned, overwrite=overwrite) as writer:
+    with (
+        checking_beside(config, shapes) as verdict,
+        Writer(out, planned, overwrite=overwrite) as writer,
+    ):
         for path, tensors in writer.order:
             writer.start_shard(path, tensors)
             for target in tensors:
@@ -101,6 +104,7 @@ def resize(
                     progress("growing", done, total)
         _copy_small_files(writer, source, config)
         writer.seal()
+        verdict()
         measured = check(writer.folder) if check is not None else {}
         _write_record(writer, source, plan, parameters, measured)
         if progress is not None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from dslm.errors import CheckpointError, SizeError
@@ -48,3 +54,34 @@ def check_against_oracle(config: Mapping[str, Any], shapes: Mapping[str, tuple[i
                 f"{name!r} is {shapes.get(name)} here and {expected.get(name)} in transformers",
                 "nothing was written; please report this",
             )
+
+
+@contextmanager
+def checking_beside(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[Callable[[], None]]:
+    """`check_against_oracle` beside other work, because importing transformers costs as much as a small resize.
+
+    Where transformers is imported already the check takes milliseconds and comes first. Elsewhere a forked process
+    does it: it shares the imported torch, and its import of transformers runs on a core of its own, which torch
+    leaves to it meanwhile. (A thread would fight for the interpreter lock.)
+
+    Yields:
+        A function that waits for the verdict and raises what the check raised. Call it before the result is used.
+    """
+    if "transformers" in sys.modules or not sys.platform.startswith("linux"):
+        check_against_oracle(config, shapes)
+        yield lambda: None
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    context = multiprocessing.get_context("fork")
+    ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(1, mp_context=context, initializer=ignore_interrupts) as helper:
+        verdict: Future[None] = helper.submit(check_against_oracle, config, shapes)
+        torch.set_num_threads(max(1, threads - 1))
+        try:
+            yield verdict.result
+        finally:
+            torch.set_num_threads(threads)

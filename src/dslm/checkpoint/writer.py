@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, count
 from math import prod
@@ -112,6 +113,8 @@ class Writer:
         order = sorted(tensors, key=lambda t: -ITEMSIZE[t.dtype])
         self._shards = _shards(order, shard_bytes)
         self._file: BinaryIO | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> Writer:
         self._made = [p for p in self.folder.parents if not p.exists()]
@@ -145,10 +148,16 @@ class Writer:
         written = 0
         for piece in pieces:
             view = piece.contiguous().view(-1).view(torch.uint8).numpy().data
-            while view:
-                taken = self._file.write(view)
-                view, written = view[taken:], written + taken
+            written += len(view)
+            self._finish_write()
+            self._writing = self._thread.submit(_write_all, self._file, view)
         assert written == tensor.nbytes, f"{tensor.name}: {written} bytes of {tensor.nbytes}"
+
+    def _finish_write(self) -> None:
+        """Wait for the piece that is on its way to the disk while the next one is computed."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def add_text(self, name: str, text: str) -> None:
         """Write a text file beside the weights."""
@@ -162,6 +171,7 @@ class Writer:
             shutil.copyfile(path, self.folder / path.name)
 
     def _end_shard(self) -> None:
+        self._finish_write()
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -207,12 +217,18 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._thread.shutdown()
         if self._file is not None:
             self._file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         for parent in self._made:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def _write_all(file: BinaryIO, view: memoryview) -> None:
+    while view:
+        view = view[file.write(view) :]
 
 
 def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:

@@ -21,7 +21,7 @@ from dslm.checkpoint.reader import open_folder
 from dslm.errors import RecipeError
 from dslm.families import family_names
 from dslm.plan import plan_growth
-from dslm.resize import resize
+from dslm.resizing import resize
 from dslm.targets import scaled
 from measure import save
 

@@ -14,7 +14,7 @@ from dslm.errors import RecipeError, SizeError
 from dslm.families import Family, load_family
 from dslm.grow.heads import lay_out_heads
 from dslm.plan import plan_growth
-from dslm.resize import resize
+from dslm.resizing import resize
 from dslm.sizes import Sizes, check_legal
 
 DIMENSIONS = ("hidden", "ffn", "heads", "kv_heads", "all")

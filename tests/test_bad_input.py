@@ -26,7 +26,7 @@ from dslm.checkpoint.writer import Writer
 from dslm.cli.main import run
 from dslm.errors import CheckpointError, DslmError, VerificationError
 from dslm.plan import Plan, plan_growth
-from dslm.resize import resize
+from dslm.resizing import resize
 
 NORM = "model.norm.weight"
 

@@ -17,7 +17,7 @@ from dslm.cli.common import print_json
 from dslm.cli.desc import describe_checkpoint
 from dslm.cli.main import COMMANDS, run
 from dslm.errors import DslmError
-from dslm.generate import Sampling, generate
+from dslm.generation import Sampling, generate
 from dslm.report.tables import short_bytes, short_count
 from dslm.sizes import count_parameters
 

@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import dslm.resize
+import dslm.output
 import pico
 from dslm.checkpoint.headers import ITEMSIZE, read_header
 from dslm.checkpoint.reader import open_folder
 from dslm.checkpoint.writer import INDEX, Planned, Writer
 from dslm.families import family_of
 from dslm.plan import plan_growth
-from dslm.resize import resize
+from dslm.resizing import resize
 
 SMALL_FILES = {
     "tokenizer.json": b'{"version": "1.0",  "odd   spacing": true}\r\n',
@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_shards_are_what_stock_readers_expect(shard_bytes, tmp_path, monkeypatch):
     source = make_source(tmp_path / "tiny")
     whole = load_file(grow(source, tmp_path / "whole") / "model.safetensors")
-    monkeypatch.setattr(dslm.resize, "Writer", functools.partial(Writer, shard_bytes=shard_bytes))
+    monkeypatch.setattr(dslm.output, "Writer", functools.partial(Writer, shard_bytes=shard_bytes))
     out = grow(source, tmp_path / "out")
     files = sorted(out.glob("*.safetensors"))
     if shard_bytes > 10**6:
@@ -314,7 +314,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from dslm.checkpoint.reader import open_folder
 from dslm.families import load_family
 from dslm.plan import plan_growth
-from dslm.resize import resize
+from dslm.resizing import resize
 
 
 def sparse_source(folder, vocab, layers):
@@ -390,7 +390,7 @@ import dslm.checkpoint.oracle as oracle
 from dslm.checkpoint.reader import open_folder
 from dslm.errors import CheckpointError
 from dslm.plan import plan_growth
-from dslm.resize import resize
+from dslm.resizing import resize
 
 source, out, lie = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "lie"
 checkpoint = open_folder(source)

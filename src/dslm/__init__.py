@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
     from dslm.checkpoint.source import open_checkpoint
     from dslm.errors import DslmError
-    from dslm.generate import generate
-    from dslm.plan import Plan, plan_growth
-    from dslm.resize import resize
+    from dslm.generation import generate
+    from dslm.plan import Plan, plan_growth, plan_shrink
+    from dslm.resizing import resize
+    from dslm.shrink.down import shrink_checkpoint
     from dslm.sizes import Sizes
     from dslm.targets import candidates, scaled
     from dslm.verify.report import Report, compare_checkpoints, gate
@@ -33,11 +34,13 @@ _HOMES = {
     "candidates": "dslm.targets",
     "compare_checkpoints": "dslm.verify.report",
     "gate": "dslm.verify.report",
-    "generate": "dslm.generate",
+    "generate": "dslm.generation",
     "open_checkpoint": "dslm.checkpoint.source",
     "plan_growth": "dslm.plan",
-    "resize": "dslm.resize",
+    "plan_shrink": "dslm.plan",
+    "resize": "dslm.resizing",
     "scaled": "dslm.targets",
+    "shrink_checkpoint": "dslm.shrink.down",
 }
 
 __all__ = [
@@ -52,8 +55,10 @@ __all__ = [
     "generate",
     "open_checkpoint",
     "plan_growth",
+    "plan_shrink",
     "resize",
     "scaled",
+    "shrink_checkpoint",
 ]
 
 __version__ = metadata.version("dslm")

@@ -12,6 +12,9 @@ import yaml
 from dslm.errors import RecipeError, SizeError
 from dslm.families import Family
 from dslm.families.family import Config
+from dslm.plan_shrink import SHRINK_METHODS as SHRINK_METHODS
+from dslm.plan_shrink import SHRUNK as SHRUNK
+from dslm.plan_shrink import check_calibration, check_methods, check_shrink, wrong_calibration
 from dslm.sizes import WORDS, Sizes, check_legal, differing
 
 METHOD_NAMES = ("hypercloning", "net2net", "padding")
@@ -34,6 +37,8 @@ class Plan:
         snr_db: level of the ``noise`` split in decibels.
         seed: of all randomness.
         dtype: safetensors code of the output's weights, or None to keep each tensor's.
+        calibration: what a shrink is fitted on: ``text`` (a file, a data set on the hub, or None: the model writes it),
+            ``samples`` (windows) and ``length`` (tokens in each). None for a growth.
     """
 
     model: str
@@ -45,10 +50,22 @@ class Plan:
     snr_db: float | None = None
     seed: int = 0
     dtype: str | None = None
+    calibration: Mapping[str, Any] | None = None
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether this is a shrink; otherwise it is a growth."""
+        return self.calibration is not None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, in a fixed order."""
-        return asdict(self) | {"methods": dict(self.methods)}
+        """Plain values, in a fixed order, without those that only the other direction has."""
+        values = asdict(self) | {"methods": dict(self.methods)}
+        if self.calibration is None:
+            others = {"calibration"}
+        else:
+            others = {"split", "snr_db"}
+            values["calibration"] = dict(self.calibration)
+        return {key: value for key, value in values.items() if key not in others}
 
     def to_yaml(self) -> str:
         """The plan as YAML text."""
@@ -93,7 +110,7 @@ def _wrong_types(plan: Plan) -> str:
         "dtype": (str, type(None)),
     }
     wrong = (k for k, kind in kinds.items() if not isinstance(getattr(plan, k), kind))
-    return next((f"{k} is {getattr(plan, k)!r}" for k in wrong), "")
+    return next((f"{k} is {getattr(plan, k)!r}" for k in wrong), "") or wrong_calibration(plan.calibration)
 
 
 def plan_growth(
@@ -141,6 +158,54 @@ def plan_growth(
     return plan
 
 
+def plan_shrink(
+    model: str,
+    family: Family,
+    config: Config,
+    target: Sizes,
+    *,
+    method: str = "reconstruct",
+    text: str | None = None,
+    samples: int = 256,
+    length: int = 512,
+    seed: int = 0,
+) -> Plan:
+    """Resolve and check a shrink.
+
+    Args:
+        model: name of the source.
+        family: the family's table.
+        config: the source's config.
+        target: the sizes to reach.
+        method: ``reconstruct`` or ``slice``, for every dimension that shrinks.
+        text: calibration text: a file, or a data set on the hub; None: the model writes it.
+        samples: windows of calibration text.
+        length: tokens in a window.
+        seed: of all randomness, not negative.
+
+    Raises:
+        SizeError: the target is illegal, larger than the source anywhere, or cannot be reached.
+        RecipeError: the options do not fit together.
+    """
+    source = Sizes.from_config(family, config)
+    plan = Plan(
+        model=model,
+        family=family.name,
+        source=source,
+        target=target,
+        methods=dict.fromkeys(_dimensions_to_shrink(source, target), method),
+        seed=seed,
+        calibration={"text": text, "samples": samples, "length": length},
+    )
+    check_plan(plan, family, config)
+    return plan
+
+
+def _dimensions_to_shrink(source: Sizes, target: Sizes) -> list[str]:
+    changed = differing(source, target)
+    return [word for word in SHRUNK if word in changed]
+
+
 def _dimensions_to_grow(source: Sizes, target: Sizes) -> list[str]:
     """The dimensions that need a method; both head counts are one matter."""
     changed = differing(source, target)
@@ -154,13 +219,31 @@ def check_plan(plan: Plan, family: Family, config: Config) -> None:
     """Refuse a plan that is for another model or cannot be carried out.
 
     Raises:
-        SizeError: the target is illegal, or smaller than the source anywhere.
+        SizeError: the target is illegal, or not a growth; for a shrink, not one that can be reached.
         RecipeError: it starts from another model, or an option is none that exists.
     """
     if plan.family != family.name or plan.source != Sizes.from_config(family, config):
         raise RecipeError(
             f"the plan is for another model, {plan.model}", "make one for this model with dslm plan --yaml"
         )
+    if plan.calibration is None:
+        _check_growth_plan(plan, family, config)
+    else:
+        _check_shrink_plan(plan, plan.calibration, family, config)
+    if plan.seed < 0:
+        raise RecipeError(f"seed {plan.seed} is negative", "give zero or a positive whole number")
+
+
+def _check_shrink_plan(plan: Plan, calibration: Mapping[str, Any], family: Family, config: Config) -> None:
+    check_shrink(plan.source, plan.target, family, config)
+    _check_same_tensors(plan.target, family, config)
+    check_methods(plan.methods, _dimensions_to_shrink(plan.source, plan.target))
+    check_calibration(calibration)
+    if plan.dtype is not None:
+        raise RecipeError(f"a shrink to dtype {plan.dtype!r}", "a shrink keeps the source's; leave dtype out")
+
+
+def _check_growth_plan(plan: Plan, family: Family, config: Config) -> None:
     check_growth(plan.source, plan.target)
     check_legal(family, config, plan.target)
     _check_same_tensors(plan.target, family, config)
@@ -178,8 +261,6 @@ def check_plan(plan: Plan, family: Family, config: Config) -> None:
         )
     if plan.dtype is not None and plan.dtype not in DTYPE_CODES:
         raise RecipeError(f"unknown dtype {plan.dtype!r}", f"known are {', '.join(DTYPE_CODES)}")
-    if plan.seed < 0:
-        raise RecipeError(f"seed {plan.seed} is negative", "give zero or a positive whole number")
 
 
 def _check_same_tensors(target: Sizes, family: Family, config: Config) -> None:

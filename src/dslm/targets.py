@@ -46,7 +46,7 @@ def parse_multiplier(text: str) -> Fraction:
         SizeError: it is not a number, or is smaller than 1.
     """
     try:
-        value = _number(text)
+        value = parse_number(text)
     except (ValueError, ZeroDivisionError) as error:
         raise SizeError(f"multiplier {text!r} is not a number", "give one such as 2, 1.5 or 4/3") from error
     if value <= 0:
@@ -58,7 +58,7 @@ def parse_multiplier(text: str) -> Fraction:
     return value
 
 
-def _number(text: str) -> Fraction:
+def parse_number(text: str) -> Fraction:
     """A fraction of ordinary length; ``1e999999999`` would be a number of as many digits."""
     _, _, exponent = text.lower().partition("e")
     if len(text) > _LONGEST or len(exponent.lstrip("+-")) > 3:
@@ -164,7 +164,7 @@ def parse_count(text: str) -> int:
     unit = _UNITS.get(text[-1:].upper(), 1)
     number = text[:-1] if unit > 1 else text
     try:
-        value = _number(number.replace("_", "").replace(",", "")) * unit
+        value = parse_number(number.replace("_", "").replace(",", "")) * unit
     except (ValueError, ZeroDivisionError) as error:
         raise SizeError(f"{text!r} is not a number of parameters", "give one such as 360M or 1.5B") from error
     if value < 1:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,18 +17,50 @@ from dslm.checkpoint.config import DTYPE_NAMES
 from dslm.plan import Plan
 from dslm.sizes import differing
 
+_EXPLAINED = {
+    "reconstruct": "reconstruct: least squares towards the sliced weights, see how-it-works",
+    "slice": "[slice](https://arxiv.org/abs/2407.14679)",
+}
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_TEXT_FILES = (
+    *(".jsonl", ".json", ".ndjson", ".json-lines", ".txt", ".text"),
+    *(".md", ".csv", ".tsv", ".parquet", ".gz", ".zst"),
+)
+
 
 def command_of(plan: Plan) -> str:
     """The command that makes this plan again, without the places of files."""
-    words = [f"dslm up {plan.model}"]
+    words = [f"dslm {'down' if plan.shrinks else 'up'} {plan.model}"]
     for size, (_, after) in differing(plan.source, plan.target).items():
         words.append("--untie" if size == "tied" else f"--{size.replace('_', '-')} {after}")
-    words.append(f"--method {next(iter(plan.methods.values()), 'hypercloning')}")
-    words.append(f"--split {plan.split}" if plan.snr_db is None else f"--snr-db {plan.snr_db:g}")
+    usual = "reconstruct" if plan.shrinks else "hypercloning"
+    words.append(f"--method {next(iter(plan.methods.values()), usual)}")
+    if plan.calibration is None:
+        words.append(f"--split {plan.split}" if plan.snr_db is None else f"--snr-db {plan.snr_db:g}")
+    else:
+        if plan.calibration["text"] is not None:
+            words.append(f"--calibration {shlex.quote(calibration_name(plan.calibration['text']))}")
+        words.append(f"--samples {plan.calibration['samples']}")
+        words.append(f"--sequence-length {plan.calibration['length']}")
     words.append(f"--seed {plan.seed}")
     if plan.dtype is not None:
         words.append(f"--dtype {DTYPE_NAMES[plan.dtype]}")
     return " ".join(words)
+
+
+def calibration_name(text: str) -> str:
+    """What card and record call a calibration text: a data set by its id, a file by its name without its place."""
+    path = Path(text).expanduser()
+    is_id = _HUB_ID.fullmatch(text) and path.suffix.lower() not in _TEXT_FILES and not path.exists()
+    return text if is_id else path.name
+
+
+def without_places(plan: Plan) -> Plan:
+    """The plan as it is recorded: where a file lies is nobody's business."""
+    if plan.calibration is None or plan.calibration["text"] is None:
+        return plan
+    name = calibration_name(plan.calibration["text"])
+    return replace(plan, calibration={**plan.calibration, "text": name})
 
 
 def render_card(
@@ -41,7 +77,7 @@ def render_card(
         name: of the output.
         plan: what was done.
         counts: parameters before and after.
-        sources: method -> URL of its paper.
+        sources: method -> URL of its paper; not used for a shrink, whose methods are explained here.
         source_metadata: front matter of the source's card, for its licence and languages.
         measured: what was measured about the output, by label.
     """
@@ -61,12 +97,13 @@ def render_card(
     text = (resources.files("dslm.checkpoint") / "card.md.jinja").read_text(encoding="utf-8")
     return template.from_string(text).render(
         name=name,
-        plan=plan,
+        plan=without_places(plan),
         link=f"https://huggingface.co/{hub_id}" if hub_id else "",
         before=counts[0],
         after=counts[1],
         changes=differing(plan.source, plan.target),
         sources=sources,
+        explained=_EXPLAINED,
         command=command_of(plan),
         measured={label: _short(value) for label, value in measured.items()},
         front_matter=yaml.safe_dump(metadata, sort_keys=False),

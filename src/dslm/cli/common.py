@@ -111,10 +111,11 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
     if quiet or not sys.stderr.isatty():
         yield lambda label, done, total: interrupt.check()
         return
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), left
     bar = Bar(*columns, console=console(stderr=True), transient=True)
     tasks: dict[str, Any] = {}
     begin = time.monotonic()

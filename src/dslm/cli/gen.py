@@ -79,7 +79,7 @@ def command(
     """Generate text: continue a prompt, token by token, on stdout."""
     text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     checkpoint = open_model(model, quiet=quiet)
-    from dslm.generate import Sampling, generate
+    from dslm.generation import Sampling, generate
 
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "gen": ("dslm.cli.gen", "Generate text from a prompt."),
     "plan": ("dslm.cli.plan", "List the legal shapes near a number of parameters."),
     "up": ("dslm.cli.up", "Grow a model; what it computes stays the same."),
+    "down": ("dslm.cli.down", "Shrink a model by closed-form reconstruction."),
     "diff": ("dslm.cli.diff", "Compare two models: sizes, logits, liveness."),
 }
 """Command -> the module that holds it as ``command``, and its line in ``dslm --help``."""

@@ -18,22 +18,26 @@ from dslm.cli.common import (
     print_json,
     progress_bar,
 )
+from dslm.cli.sizes import (
+    FREE_BESIDE_PLAN,
+    change_facts,
+    change_rows,
+    default_output,
+    recorded_name,
+    refuse_beside_plan,
+    refuse_two_ways,
+    size_options,
+    sizes_of,
+)
 from dslm.errors import RecipeError, VerificationError
 from dslm.plan import GROWN, METHOD_NAMES, Plan, check_plan, plan_growth
-from dslm.report.tables import columns_table, short_count
-from dslm.sizes import Sizes, count_parameters, differing
+from dslm.report.tables import columns_table
+from dslm.sizes import Sizes, differing
 from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled
 
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
     from dslm.cli.common import Progress
-
-
-def _size_options(function: Any) -> Any:
-    for word in reversed(GROWN):
-        option = f"--{word.replace('_', '-')}"
-        function = click.option(option, word, type=int, metavar="N", help=f"Target {word}.")(function)
-    return function
 
 
 @click.command(short_help="Grow a model.")
@@ -52,7 +56,7 @@ def _size_options(function: Any) -> Any:
     help="Multiply hidden_size and the head counts: 2, 1.5, 4/3.",
 )
 @click.option("-upm", "--up-proj-multiplier", metavar="X", help="Multiply intermediate_size.")
-@_size_options
+@size_options(GROWN)
 @click.option("--params", metavar="COUNT", help="Grow to about this many parameters: 360M, 1.5B.")
 @click.option("--like", "like_model", metavar="MODEL", help="Grow to the widths of another model.")
 @click.option(
@@ -111,17 +115,19 @@ def command(
     same architecture in the source's dtype.
     """
     if plan_file is not None:
-        _refuse_beside_plan(click.get_current_context())
+        refuse_beside_plan(click.get_current_context(), FREE_BESIDE_PLAN | {"verify"})
     source = open_model(model, weights=not dry_run, quiet=quiet)
     plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, dtype, options)
-    plan = replace(plan, model=_recorded_name(model, source))
+    if plan.shrinks:
+        raise RecipeError(f"{plan_file} is a plan to shrink", "give it to dslm down")
+    plan = replace(plan, model=recorded_name(model, source))
     check_plan(plan, source.family, source.config)
-    facts = _facts(source, plan)
+    facts = change_facts(source, plan) | {"split": plan.split, "seed": plan.seed}
     if not differing(plan.source, plan.target) and plan.dtype is None:
         raise RecipeError(
             "nothing to grow: the target is the source", "give -edm, -upm, a size, --params or --like"
         )
-    out = output or Path(f"{source.name.split('/')[-1]}-{short_count(facts['parameters']['after'])}")
+    out = output or default_output(source, facts)
     if dry_run:
         from dslm.checkpoint.reader import torch_dtype
         from dslm.grow.maps import build_growth
@@ -129,7 +135,7 @@ def command(
         build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
         _report(facts | {"output": None}, as_json)
         return
-    from dslm.resize import resize
+    from dslm.resizing import resize
 
     with progress_bar(quiet=quiet) as progress:
         check = (
@@ -139,33 +145,6 @@ def command(
         )
         done = resize(source, plan, out, overwrite=overwrite, check=check, progress=progress)
     _report(facts | {"output": str(out), "measured": dict(done.measured)}, as_json)
-
-
-def _recorded_name(model: str, source: Checkpoint) -> str:
-    """What card and record call the source: as it was named, except that the place of a file is nobody's business."""
-    is_place = Path(model).expanduser().exists() or model.lower().endswith(".gguf")
-    return source.name if is_place else model
-
-
-def _refuse_beside_plan(context: click.Context) -> None:
-    """A plan says everything about the target: an option that it would silently overrule is a mistake."""
-    free = {
-        "model",
-        "model_option",
-        "output",
-        "plan_file",
-        "verify",
-        "overwrite",
-        "dry_run",
-        "as_json",
-        "quiet",
-    }
-    for name in context.params.keys() - free:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            option = next(p.opts[-1] for p in context.command.params if p.name == name)
-            raise click.UsageError(
-                f"{option} and --plan were given; the plan says everything about the target"
-            )
 
 
 def _plan(source: Checkpoint, dtype: str | None, options: dict[str, Any]) -> Plan:
@@ -200,37 +179,17 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
         "multipliers": hidden_times if hidden_times is not None else ffn_times,
         "sizes by name": named or None,
     }
-    ways = [way for way, given in asked.items() if given is not None]
-    if len(ways) > 1 and set(ways) != {"multipliers", "sizes by name"}:
-        raise RecipeError(f"{' and '.join(ways)} were given", "ask for the size in one way")
-    for word, times in (("hidden_size", hidden_times), ("intermediate_size", ffn_times)):
-        if word in named and times is not None:
-            raise RecipeError(f"{word} was given by name and by multiplier", "ask for the size in one way")
+    factored = {"hidden_size": hidden_times, "intermediate_size": ffn_times}
+    refuse_two_ways(asked, named, "multipliers", factored)
     family, config = source.family, source.config
     if options["params"] is not None:
         wanted = parse_count(options["params"])
         return candidates(family, config, wanted, untie=options["untie"], method=options["method"])[0].sizes
     if options["like_model"] is not None:
-        return like(source.sizes, open_model(options["like_model"], weights=False, quiet=True).sizes)
+        return like(source.sizes, sizes_of(options["like_model"]))
     hidden = parse_multiplier("1" if hidden_times is None else hidden_times)
     intermediate = parse_multiplier("1" if ffn_times is None else ffn_times)
     return scaled(family, config, hidden, intermediate).replace(**named)
-
-
-def _facts(source: Checkpoint, plan: Plan) -> dict[str, Any]:
-    after = plan.target.into_config(source.family, source.config)
-    return {
-        "model": source.name,
-        "family": source.family.name,
-        "changes": {word: list(pair) for word, pair in differing(plan.source, plan.target).items()},
-        "parameters": {
-            "before": count_parameters(source.family, source.config)["total"],
-            "after": count_parameters(source.family, after)["total"],
-        },
-        "methods": dict(plan.methods),
-        "split": plan.split,
-        "seed": plan.seed,
-    }
 
 
 def _verify(
@@ -258,15 +217,7 @@ def _report(facts: dict[str, Any], as_json: bool) -> None:
         print_json(facts)
         return
     out = console()
-    before, after = facts["parameters"]["before"], facts["parameters"]["after"]
-    rows = [
-        (word, f"{a:,}", f"{b:,}", f"x {b / a:.4g}")
-        for word, (a, b) in facts["changes"].items()
-        if word != "tied"
-    ]
-    if "tied" in facts["changes"]:
-        rows.append(("embeddings", "tied", "untied", ""))
-    rows.append(("parameters", f"{before:,}", f"{after:,}", f"x {after / before:.4g}"))
+    rows = change_rows(facts, lambda a, b: f"x {b / a:.4g}")
     out.print(columns_table(("", "before", "after", ""), rows))
     method = ", ".join(dict.fromkeys(facts["methods"].values()))
     if method:

@@ -1,0 +1,263 @@
+"""``dslm down``: shrink a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
+from dslm.cli.sizes import (
+    FREE_BESIDE_PLAN,
+    change_facts,
+    change_rows,
+    default_output,
+    recorded_name,
+    refuse_beside_plan,
+    refuse_two_ways,
+    size_options,
+    sizes_of,
+)
+from dslm.errors import RecipeError
+from dslm.load import DEVICES
+from dslm.plan import SHRINK_METHODS, SHRUNK, Plan, check_plan, plan_shrink
+from dslm.report.tables import columns_table
+from dslm.sizes import Sizes, count_parameters
+from dslm.targets import parse_count
+from dslm.targets_down import divided, like_smaller, parse_divisor, parse_share, shrink_candidates
+
+if TYPE_CHECKING:
+    from dslm.checkpoint.reader import Checkpoint
+    from dslm.shrink.down import Shrunk
+
+_WORST = 3  # blocks shown with the largest error
+
+
+@click.command(short_help="Shrink a model.")
+@model_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Folder to write. [default: NAME-SIZE]",
+)
+@click.option(
+    "-edd",
+    "--embed-dim-divisor",
+    metavar="X",
+    help="Divide hidden_size and the head counts: 2, 1.5, 4/3.",
+)
+@click.option("-upd", "--up-proj-divisor", metavar="X", help="Divide intermediate_size.")
+@size_options(SHRUNK)
+@click.option("--params", metavar="COUNT", help="Shrink to about this many parameters: 100M.")
+@click.option("--keep-ratio", metavar="SHARE", help="Keep about this share of the parameters: 0.8.")
+@click.option("--like", "like_model", metavar="MODEL", help="Shrink to the shape of another model.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Do what a plan file says."
+)
+@click.option(
+    "--method",
+    type=click.Choice(SHRINK_METHODS),
+    default="reconstruct",
+    show_default=True,
+    help="Make up for what is cut, or only cut.",
+)
+@click.option(
+    "--calibration",
+    metavar="TEXT",
+    help="Text or JSON-lines file, or data set on the hub. [default: the model writes its own]",
+)
+@click.option(
+    "--samples",
+    type=int,
+    default=256,
+    show_default=True,
+    help="Windows of calibration text; some are held out.",
+)
+@click.option("--sequence-length", type=int, default=512, show_default=True, help="Tokens in a window.")
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path),
+    metavar="TEXT",
+    help="Another text file, to report the perplexity on.",
+)
+@click.option("--untie", is_flag=True, help="Give the output its own table.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="Where to run; auto: a GPU if there is one.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUT.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and write nothing.")
+@output_options
+def command(
+    model: str,
+    output: Path | None,
+    plan_file: Path | None,
+    check: Path | None,
+    device: str,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Shrink a model to a smaller one of the same architecture, without training.
+
+    Sizes come from divisors, by name, from --params or --keep-ratio, or from --like. What is redundant goes without
+    loss; what remains to be cut is made up for by least squares, block by block. The output is a plain checkpoint in
+    the source's dtype.
+    """
+    if plan_file is not None:
+        refuse_beside_plan(click.get_current_context(), FREE_BESIDE_PLAN | {"check", "device"})
+    source = open_model(model, weights=not dry_run, quiet=quiet)
+    plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, options)
+    if not plan.shrinks:
+        raise RecipeError(f"{plan_file} is a plan to grow", "give it to dslm up")
+    plan = replace(plan, model=recorded_name(model, source))
+    check_plan(plan, source.family, source.config)
+    if not plan.methods:
+        raise RecipeError(
+            "nothing to shrink: the target is the source", "give -edd, -upd, a size, --params or --keep-ratio"
+        )
+    facts = change_facts(source, plan) | {"seed": plan.seed, "calibration": plan.calibration}
+    if dry_run:
+        _report(facts | {"output": None}, as_json)
+        return
+    from dslm.shrink.down import shrink_checkpoint
+
+    out = output or default_output(source, facts)
+    with progress_bar(quiet=quiet) as progress:
+        done = shrink_checkpoint(
+            source, plan, out, check=check, overwrite=overwrite, device=device, progress=progress
+        )
+    _report(facts | _measured(done) | {"output": str(out)}, as_json)
+
+
+def _plan(source: Checkpoint, options: dict[str, Any]) -> Plan:
+    target = target_sizes(source, options)
+    return plan_shrink(
+        source.name,
+        source.family,
+        source.config,
+        target.replace(tied=False) if options["untie"] else target,
+        method=options["method"],
+        text=options["calibration"],
+        samples=options["samples"],
+        length=options["sequence_length"],
+        seed=options["seed"],
+    )
+
+
+def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
+    """The sizes that the command's options ask for.
+
+    Raises:
+        RecipeError: two ways of asking were mixed.
+        SizeError: what is asked for is not legal.
+    """
+    named = {word: options[word] for word in SHRUNK if options[word] is not None}
+    hidden_by, ffn_by = options["embed_dim_divisor"], options["up_proj_divisor"]
+    asked = {
+        "--params": options["params"],
+        "--keep-ratio": options["keep_ratio"],
+        "--like": options["like_model"],
+        "divisors": hidden_by if hidden_by is not None else ffn_by,
+        "sizes by name": named or None,
+    }
+    refuse_two_ways(asked, named, "divisors", {"hidden_size": hidden_by, "intermediate_size": ffn_by})
+    family, config = source.family, source.config
+    if options["params"] is not None or options["keep_ratio"] is not None:
+        wanted = _wanted(source, options)
+        return shrink_candidates(family, config, wanted, untie=options["untie"])[0].sizes
+    if options["like_model"] is not None:
+        return like_smaller(source.sizes, sizes_of(options["like_model"]))
+    hidden = parse_divisor("1" if hidden_by is None else hidden_by)
+    intermediate = parse_divisor("1" if ffn_by is None else ffn_by)
+    return divided(family, config, hidden, intermediate).replace(**named)
+
+
+def _wanted(source: Checkpoint, options: dict[str, Any]) -> int:
+    """The number of parameters asked for."""
+    if options["params"] is not None:
+        return parse_count(options["params"])
+    return round(parse_share(options["keep_ratio"]) * count_parameters(source.family, source.config)["total"])
+
+
+def _measured(done: Shrunk) -> dict[str, Any]:
+    losses = {
+        text: {
+            "loss": {"before": before, "after": after},
+            "perplexity": {"before": _perplexity(before), "after": _perplexity(after)},
+        }
+        for text, (before, after) in done.losses.items()
+    }
+    return {
+        "bytes": done.nbytes,
+        "removed_without_loss": dict(done.removed),
+        "layers": list(done.layers),
+        "texts": losses,
+        "block_errors": list(done.errors),
+        "tokens": done.tokens,
+        "origin": done.origin,
+        "seconds": done.seconds,
+    }
+
+
+def _perplexity(loss: float) -> float:
+    return exp(loss) if loss < 700 else float("inf")
+
+
+def _report(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+    out = console()
+    rows = change_rows(facts, lambda before, after: f"{after / before:.1%}")
+    out.print(columns_table(("", "before", "after", "kept"), rows))
+    if facts["output"] is not None:
+        _print_measured(facts)
+    method = next(iter(facts["methods"].values()))
+    out.print(f"\n{method}, seed {facts['seed']}")
+    if facts["output"] is None:
+        out.print("nothing written (--dry-run)")
+    else:
+        out.print(f"written to {facts['output']} in {facts['seconds']:.1f} s")
+
+
+def _print_measured(facts: dict[str, Any]) -> None:
+    out = console()
+    removed = facts["removed_without_loss"]
+    lost = ", ".join(f"{count:,} of {word}" for word, count in removed.items())
+    out.print(f"\nremoved without loss: {lost or 'nothing'}")
+    if not facts["texts"]:
+        out.print("nothing was approximated: it computes the same function")
+        return
+    out.print()
+    rows = [
+        (
+            f"  {_TEXTS.get(text, text)}",
+            f"{p['before']:.3f}",
+            f"{p['after']:.3f}",
+            f"x {p['after'] / p['before']:.3f}",
+        )
+        for text, p in ((text, found["perplexity"]) for text, found in facts["texts"].items())
+    ]
+    out.print(columns_table(("perplexity on", "before", "after", ""), rows))
+    if facts["tokens"]:
+        out.print(f"fitted on {facts['tokens']:,} tokens of {facts['origin']}")
+    errors = facts["block_errors"]
+    worst = sorted(range(len(errors)), key=lambda block: -errors[block])[:_WORST]
+    if worst:
+        shown = ", ".join(f"block {block} {errors[block]:.3g}" for block in worst)
+        out.print(f"largest relative squared error of the stream: {shown}")
+
+
+_TEXTS = {"held-out": "held-out calibration text", "check": "check text"}

@@ -1,0 +1,119 @@
+"""What ``up`` and ``down`` share: options for sizes, what is recorded, and the table of what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dslm.cli.common import open_model
+from dslm.errors import RecipeError
+from dslm.report.tables import short_count
+from dslm.sizes import Sizes, count_parameters, differing
+
+if TYPE_CHECKING:
+    from dslm.checkpoint.reader import Checkpoint
+    from dslm.plan import Plan
+
+FREE_BESIDE_PLAN = frozenset(
+    {"model", "model_option", "output", "plan_file", "overwrite", "dry_run", "as_json", "quiet"}
+)
+"""Options that say nothing about the target."""
+
+
+def size_options(words: Sequence[str]) -> Callable[[Any], Any]:
+    """Give a command an option for each size, by its config word."""
+
+    def decorate(function: Any) -> Any:
+        for word in reversed(words):
+            option = f"--{word.replace('_', '-')}"
+            function = click.option(option, word, type=int, metavar="N", help=f"Target {word}.")(function)
+        return function
+
+    return decorate
+
+
+def recorded_name(model: str, source: Checkpoint) -> str:
+    """What card and record call the source: as it was named, except that the place of a file is nobody's business."""
+    is_place = Path(model).expanduser().exists() or model.lower().endswith(".gguf")
+    return source.name if is_place else model
+
+
+def refuse_beside_plan(context: click.Context, free: frozenset[str] = FREE_BESIDE_PLAN) -> None:
+    """A plan says everything about the target: an option that it would silently overrule is a mistake.
+
+    Raises:
+        click.UsageError: an option that is not ``free`` was given.
+    """
+    for name in context.params.keys() - free:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = next(p.opts[-1] for p in context.command.params if p.name == name)
+            raise click.UsageError(
+                f"{option} and --plan were given; the plan says everything about the target"
+            )
+
+
+def refuse_two_ways(
+    asked: Mapping[str, Any], named: Mapping[str, int], factors: str, factored: Mapping[str, Any]
+) -> None:
+    """Refuse to be asked for a size in two ways; factors and sizes by name go together where they do not overlap.
+
+    Args:
+        asked: way of asking -> what was given, None if nothing.
+        named: the sizes given by name.
+        factors: the way that factors are.
+        factored: size -> its factor, None if there is none.
+
+    Raises:
+        RecipeError: two ways were mixed.
+    """
+    ways = [way for way, given in asked.items() if given is not None]
+    if len(ways) > 1 and set(ways) != {factors, "sizes by name"}:
+        raise RecipeError(f"{' and '.join(ways)} were given", "ask for the size in one way")
+    for word, factor in factored.items():
+        if word in named and factor is not None:
+            raise RecipeError(
+                f"{word} was given by name and by {factors.removesuffix('s')}", "ask for the size in one way"
+            )
+
+
+def sizes_of(model: str) -> Sizes:
+    """The sizes of another model, from its config alone."""
+    return open_model(model, weights=False, quiet=True).sizes
+
+
+def change_facts(source: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What a plan changes and how, for ``--json`` and the table."""
+    after = plan.target.into_config(source.family, source.config)
+    return {
+        "model": source.name,
+        "family": source.family.name,
+        "changes": {word: list(pair) for word, pair in differing(plan.source, plan.target).items()},
+        "parameters": {
+            "before": count_parameters(source.family, source.config)["total"],
+            "after": count_parameters(source.family, after)["total"],
+        },
+        "methods": dict(plan.methods),
+    }
+
+
+def default_output(source: Checkpoint, facts: Mapping[str, Any]) -> Path:
+    """Where the output goes if nobody says: name and size, in the folder one is in."""
+    return Path(f"{source.name.split('/')[-1]}-{short_count(facts['parameters']['after'])}")
+
+
+def change_rows(
+    facts: Mapping[str, Any], relation: Callable[[int, int], str]
+) -> list[tuple[str, str, str, str]]:
+    """Rows of the table of what changes: name, before, after, and the relation of both in words."""
+    before, after = facts["parameters"]["before"], facts["parameters"]["after"]
+    rows = [
+        (word, f"{a:,}", f"{b:,}", relation(a, b))
+        for word, (a, b) in facts["changes"].items()
+        if word != "tied"
+    ]
+    if "tied" in facts["changes"]:
+        rows.append(("embeddings", "tied", "untied", ""))
+    return [*rows, ("parameters", f"{before:,}", f"{after:,}", relation(before, after))]

@@ -1,0 +1,179 @@
+"""What a shrink may change, and why not the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log
+from typing import Any
+
+from dslm.errors import RecipeError, SizeError
+from dslm.families import Family
+from dslm.families.family import Config
+from dslm.sizes import WORDS, Sizes, check_legal, is_legal
+
+SHRUNK = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+SHRINK_METHODS = ("reconstruct", "slice")
+
+_CALIBRATION: Mapping[str, type | tuple[type, ...]] = {
+    "text": (str, type(None)),
+    "samples": int,
+    "length": int,
+}
+_FIXED = {
+    "head_dim": (
+        "every rotary frequency depends on it",
+        "shrink num_attention_heads and num_key_value_heads instead",
+    ),
+    "vocab_size": ("the tokenizer needs every row of the table", f"down shrinks {', '.join(SHRUNK)}"),
+}
+
+
+def check_shrink(source: Sizes, target: Sizes, family: Family, config: Config) -> None:
+    """Refuse a target that a shrink cannot reach.
+
+    Args:
+        source: the sizes there are.
+        target: the sizes to reach.
+        family: the family's table.
+        config: the source's config.
+
+    Raises:
+        SizeError: a dimension would grow or is none that shrinks, the sizes are illegal, or query heads would have
+            to change their key-value head.
+    """
+    for word in WORDS:
+        before, after = getattr(source, word), getattr(target, word)
+        if word in _FIXED and after != before:
+            why, hint = _FIXED[word]
+            raise SizeError(f"{word} cannot change from {before} to {after}: {why}", hint)
+        if after > before:
+            raise SizeError(
+                f"{word} {after} is larger than the source's {before}", "down only shrinks; dslm up grows"
+            )
+    if target.tied and not source.tied:
+        raise SizeError("two separate tables cannot become a tied one", "leave tie_word_embeddings as it is")
+    check_legal(family, config, target)
+    _check_groups(source, target, family, config)
+    if target.num_hidden_layers != source.num_hidden_layers and not layers_can_go(family, config):
+        raise SizeError(
+            f"{_unlisted(family, config)} is not listed in config.json, so what a layer does follows from its number, "
+            "and dropping layers would change it",
+            f"write out {_unlisted(family, config)}, or shrink the other sizes",
+        )
+    if target.hidden_size != source.hidden_size and not stream_can_shrink(family, config, target.tied):
+        raise SizeError(
+            "hidden_size cannot shrink: the table is both written and read, and there is no gain before the output "
+            "to make up for the change",
+            "give the output its own table with --untie, or shrink the other sizes",
+        )
+
+
+def layers_can_go(family: Family, config: Config) -> bool:
+    """Whether a layer stays what it is when those before it go: what differs between layers is listed by layer."""
+    return not _unlisted(family, config)
+
+
+def _unlisted(family: Family, config: Config) -> str:
+    """The first key that would list what differs between layers, and is absent; empty when there is none."""
+    # Older files list no layer types and attend to everything unless windows are on.
+    harmless = {"layer_types"} if family.resolve(config).get("use_sliding_window") is False else set()
+    unlisted = (key for key in family.per_layer if not isinstance(config.get(key), list))
+    return next((key for key in unlisted if key not in harmless), "")
+
+
+def stream_can_shrink(family: Family, config: Config, tied: bool) -> bool:
+    """Whether the residual stream can become narrower.
+
+    A tied table is read with the amplitude it is written with, which only the gain of the last norm makes up for.
+    """
+    layout = family.layout(config)
+    on_stream = "hidden" in layout[family.embedding].spec.dimensions
+    return not (tied and on_stream) or f"{family.final_norm}.weight" in layout
+
+
+def _check_groups(source: Sizes, target: Sizes, family: Family, config: Config) -> None:
+    before = source.num_attention_heads // source.num_key_value_heads
+    after = target.num_attention_heads // target.num_key_value_heads
+    if after <= before:
+        return
+    pairs = " or ".join(f"{h} with {k}" for h, k in _nearest_pairs(source, target, family, config))
+    raise SizeError(
+        f"num_attention_heads {target.num_attention_heads} with num_key_value_heads {target.num_key_value_heads} "
+        f"are {after} query heads for each key-value head, and the source has {before}: a query head cannot change "
+        "its key-value head",
+        f"nearest legal pairs: {pairs or 'none with the other sizes as they are'}",
+    )
+
+
+def _nearest_pairs(
+    source: Sizes, target: Sizes, family: Family, config: Config, count: int = 2
+) -> list[tuple[int, int]]:
+    """Legal counts of query and key-value heads, nearest to what was asked for first, whole groups before others."""
+    group = source.num_attention_heads // source.num_key_value_heads
+    weight = 0.5 if target.num_attention_heads == source.num_attention_heads else 1.0
+
+    def distance(pair: tuple[int, int]) -> tuple[bool, float]:
+        heads, kv_heads = pair
+        off = weight * abs(log(heads / target.num_attention_heads))
+        return heads != kv_heads * group, off + abs(log(kv_heads / target.num_key_value_heads))
+
+    legal = [
+        pair
+        for pair in head_pairs(source)[1:]  # the first is the source's own
+        if is_legal(family, config, target.replace(num_attention_heads=pair[0], num_key_value_heads=pair[1]))
+    ]
+    return sorted(legal, key=distance)[:count]
+
+
+def head_pairs(source: Sizes) -> list[tuple[int, int]]:
+    """Counts of query and key-value heads that a shrink can reach: fewer groups, fewer query heads in each."""
+    group = source.num_attention_heads // source.num_key_value_heads
+    return [(kv * g, kv) for kv in range(source.num_key_value_heads, 0, -1) for g in range(group, 0, -1)]
+
+
+def check_methods(methods: Mapping[str, str], words: list[str]) -> None:
+    """Refuse methods that do not exist or differ from each other.
+
+    Raises:
+        RecipeError: a dimension that changes has no method of shrinking, or not the same as the others.
+    """
+    for word in words:
+        if methods.get(word) not in SHRINK_METHODS:
+            raise RecipeError(
+                f"unknown method {methods.get(word)!r} for {word}", f"known are {', '.join(SHRINK_METHODS)}"
+            )
+    if len({methods[word] for word in words}) > 1:
+        raise RecipeError("the dimensions have different methods", "a shrink has one method for all of them")
+
+
+def check_calibration(calibration: Mapping[str, Any]) -> None:
+    """Refuse sizes of a calibration that cannot be.
+
+    Raises:
+        RecipeError: there are too few samples, or they are too short.
+    """
+    if calibration["samples"] < 2:
+        raise RecipeError(
+            f"samples is {calibration['samples']}", "at least 2: one window to fit on and one to check"
+        )
+    if calibration["length"] < 2:
+        raise RecipeError(f"windows of {calibration['length']} tokens are too short", "512 is usual")
+
+
+def wrong_calibration(calibration: object) -> str:
+    """What is wrong with the calibration of a plan file, in words; empty when nothing is."""
+    if calibration is None:
+        return ""
+    if not isinstance(calibration, Mapping) or calibration.keys() != _CALIBRATION.keys():
+        return f"calibration must have {', '.join(_CALIBRATION)}"
+    for key, kind in _CALIBRATION.items():
+        value = calibration[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"{key} of calibration is {value!r}"
+    return ""

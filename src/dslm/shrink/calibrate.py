@@ -1,0 +1,368 @@
+"""Where calibration tokens come from: a text file, a data set on the hub, or the model's own writing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dslm.checkpoint.reader import Checkpoint
+from dslm.errors import CheckpointError, MissingExtraError, RecipeError
+from dslm.load import has_tokenizer, load_model, load_tokenizer
+
+Progress = Callable[[str, int, int], None]
+
+OPENINGS = (
+    "The history of the city begins", "In mathematics, a", "Photosynthesis is the process by which",
+    "Chapter 1\n\nIt was late when", "Once upon a time there was", "She opened the letter and",
+    '"Where have you been?" he asked.', "Interviewer: What made you decide to", "Dear Sir or Madam,\n\n",
+    "Hi all,\n\nJust a quick note", "def main():\n", "#include <stdio.h>\n\nint ", "<html>\n<head>\n",
+    "SELECT name, ", "Ingredients:\n- ", "1. First, ", "Question: Why do", "Q: How many", "The patient was",
+    "The committee said on Monday that", "Abstract. We study", "According to the law, ", "Solve for x: ",
+    "I bought this product because",
+)  # fmt: skip
+"""Beginnings of texts of many kinds, for a model that writes its own calibration text."""
+
+_SHORTEST = 16  # tokens in a window: below that attention has nothing to attend to
+_SHARE = 8  # one window in so many is held out
+_BATCH = 16  # windows written at once
+_CHARACTERS = 8  # read from a hub data set for each token wanted; most texts need four
+_DOCUMENTS = 64  # at least so many from a hub data set
+_ROWS = (".jsonl", ".json", ".ndjson", ".json-lines")
+_FILES = (*_ROWS, ".txt", ".text", ".md", ".csv", ".tsv", ".parquet", ".gz", ".zst")
+_LOCAL = ("/", "./", "../", "~")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_TITLE = re.compile(r"^ ?= (?!= )[^\n]*(?<! =) = ?$", re.MULTILINE)  # " = Title = ", not " = = Section = = "
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Token windows to fit on, and others to judge the fit by.
+
+    Attributes:
+        train: int64 ``[windows, length]``.
+        held_out: int64 ``[windows, length]``, never used for fitting; about an eighth, at least one window.
+        origin: in words, where the text is from.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    origin: str
+
+
+def calibration(
+    checkpoint: Checkpoint,
+    source: str | None,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Windows of calibration tokens; the same for the same seed.
+
+    Documents are taken in an order drawn from the seed, each once, and packed with the end token between them.
+    The held-out windows are of other documents than the rest where there are enough documents; otherwise
+    they are the last windows.
+
+    Args:
+        checkpoint: the model, opened with its weights.
+        source: a text file (documents start at lines like `` = Title = ``), a JSON-lines file with ``text`` or
+            ``messages``, or the id of a hub data set (the head of its split ``train``); None: the model
+            writes the text itself, at temperature 1 (Williams et al. 2024, https://arxiv.org/abs/2410.17170).
+        samples: windows in all, held-out ones included; fewer where the text is short.
+        length: tokens in a window, cut to the model's positions.
+        seed: of the order of documents and of what the model writes.
+        progress: called with a label, what is done and what there is in all: characters read, tokens written.
+
+    Raises:
+        RecipeError: the sizes are too small, or the text is missing, unreadable or too short.
+        CheckpointError: the model has no tokenizer to read the text, not one that fits, or cannot be run.
+        MissingExtraError: a hub data set needs a package that is not installed.
+    """
+    if samples < 2:
+        raise RecipeError(f"samples is {samples}", "at least 2: one window to fit on and one to check")
+    length = _window_length(checkpoint, length)
+    if source is None:
+        written = _self_written(checkpoint, samples, length, seed, progress)
+        return Calibration(*_cut(written), "text that the model wrote itself")
+    reader = _reader(checkpoint, length)
+    documents, origin = _documents(source, samples * length, progress)
+    random.Random(seed).shuffle(documents)
+    return Calibration(*_split(reader, documents, samples, origin), origin)
+
+
+def check_windows(checkpoint: Checkpoint, path: Path, *, length: int, limit: int) -> Tensor:
+    """Windows of a text file in reading order, to report on.
+
+    Args:
+        checkpoint: the model whose tokenizer reads it.
+        path: a text or JSON-lines file.
+        length: tokens in a window, cut to the model's positions.
+        limit: windows at most.
+
+    Returns:
+        int64 ``[windows, length]``, at least one window.
+
+    Raises:
+        RecipeError: the sizes are too small, or the text is missing, unreadable or too short.
+        CheckpointError: the model has no tokenizer, or not one that fits.
+    """
+    if limit < 1:
+        raise RecipeError(f"{limit} windows are too few", "ask for at least one")
+    reader = _reader(checkpoint, _window_length(checkpoint, length))
+    documents = _file_documents(path)
+    windows = reader.pack(iter(documents), limit)
+    if len(windows) < 1:
+        raise _too_short(reader, documents, f"the file {path}", 1)
+    return windows
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A tokenizer that packs documents: ``start`` opens each window, ``joint`` stands between documents."""
+
+    name: str
+    tokenizer: Any
+    vocab: int
+    length: int
+    start: list[int]
+    joint: list[int]
+
+    def ids(self, document: str, limit: int) -> list[int]:
+        """Token ids of a document, or of enough of its beginning to give ``limit`` tokens."""
+        cut = _CHARACTERS * limit
+        while True:
+            # verbose=False: a text longer than the context is meant to be cut into windows.
+            read = self.tokenizer(document[:cut], add_special_tokens=False, verbose=False)
+            found: list[int] = read["input_ids"]
+            if cut >= len(document) or len(found) > limit:
+                break
+            cut *= 4
+        highest = max([*self.start, *self.joint, *found], default=0)
+        if highest >= self.vocab:
+            raise CheckpointError(
+                f"the tokenizer of {self.name} gives token {highest}, and the model has {self.vocab}",
+                "tokenizer and model do not belong together",
+            )
+        return found
+
+    def pack(self, documents: Iterator[str], count: int) -> Tensor:
+        """Up to ``count`` full windows, int64 ``[windows, length]``; takes no more documents than it needs."""
+        step = self.length - len(self.start)
+        ids: list[int] = []
+        while len(ids) < count * step and (document := next(documents, None)) is not None:
+            ids += (self.joint if ids else []) + self.ids(document, count * step)
+        count = min(count, len(ids) // step)
+        windows = [self.start + ids[i * step : (i + 1) * step] for i in range(count)]
+        return torch.tensor(windows, dtype=torch.int64).view(count, self.length)
+
+
+def _reader(checkpoint: Checkpoint, length: int) -> _Reader:
+    if not has_tokenizer(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer to read a calibration text with",
+            "name no text, and the model writes its own; or copy the files of the tokenizer into its folder",
+        )
+    tokenizer = load_tokenizer(checkpoint)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    opens = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    vocab = checkpoint.sizes.vocab_size
+    joint = [] if eos is None else [eos]
+    return _Reader(checkpoint.name, tokenizer, vocab, length, [bos] if opens else [], joint)
+
+
+def _window_length(checkpoint: Checkpoint, length: int) -> int:
+    positions = checkpoint.family.dimensions(checkpoint.config).get("positions", length)
+    if min(length, positions) < _SHORTEST:
+        raise RecipeError(
+            f"windows of {min(length, positions)} tokens are too short to calibrate on",
+            f"at least {_SHORTEST}; {checkpoint.name} takes up to {positions}",
+        )
+    return min(length, positions)
+
+
+def _cut(windows: Tensor) -> tuple[Tensor, Tensor]:
+    held = max(1, len(windows) // _SHARE)
+    return windows[:-held], windows[-held:]
+
+
+def _split(reader: _Reader, documents: list[str], samples: int, origin: str) -> tuple[Tensor, Tensor]:
+    """Windows to fit on and windows held out."""
+    together = reader.pack(iter(documents), samples)
+    if len(together) < 2:
+        raise _too_short(reader, documents, origin, 2)
+    fit, held = _cut(together)
+    rest = iter(documents)
+    held_out = reader.pack(rest, len(held))
+    train = reader.pack(rest, len(fit))
+    # What is left of the last held-out document is lost; where that is much, only windows are kept apart.
+    return (train, held_out) if 4 * len(train) >= 3 * len(fit) else (fit, held)
+
+
+def _too_short(reader: _Reader, documents: list[str], origin: str, windows: int) -> RecipeError:
+    there = sum(len(reader.ids(document, reader.length * windows)) for document in documents)
+    needed = windows * (reader.length - len(reader.start))
+    return RecipeError(
+        f"{origin} has {there} tokens, and {windows} windows of {reader.length} need {needed}",
+        "give a longer text, or ask for shorter windows",
+    )
+
+
+def _documents(source: str, tokens: int, progress: Progress | None) -> tuple[list[str], str]:
+    """The documents of a source, each once, and in words what it is."""
+    path = Path(source).expanduser()
+    looks_local = source.startswith(_LOCAL) or path.suffix.lower() in _FILES
+    if path.exists() or looks_local or not _HUB_ID.fullmatch(source):
+        return _file_documents(path), f"the file {source}"
+    return _hub_documents(source, _CHARACTERS * tokens, progress), f"the data set {source} on the hub"
+
+
+def _file_documents(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"there is no file {path}", "give a text file or a data set's owner/name"
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})", "give a text file") from error
+    if "\0" in text:
+        raise RecipeError(f"{path} is a binary file", "give a text file")
+    if path.suffix.lower() in _ROWS:
+        # Not splitlines: JSON strings may hold the other line ends of Unicode.
+        lines = enumerate(text.split("\n"), start=1)
+        documents = [_row_text(line, f"line {number} of {path}") for number, line in lines if line.strip()]
+    else:
+        starts = [0, *(match.start() for match in _TITLE.finditer(text)), len(text)]
+        documents = [text[a:b] for a, b in pairwise(starts)]
+    kept = list(dict.fromkeys(document for document in documents if document.strip()))
+    if not kept:
+        raise RecipeError(f"{path} is empty", "give a file with text in it")
+    return kept
+
+
+def _row_text(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise RecipeError(f"{where} is not JSON: {error}", "write one JSON object on each line") from error
+    if not isinstance(row, dict):
+        raise RecipeError(f"{where} is not a JSON object", 'write rows like {"text": "..."}')
+    return _text_of(row, where)
+
+
+def _text_of(row: dict[str, Any], where: str) -> str:
+    """The text of a row, or what its messages say, a blank line between them."""
+    text, messages = row.get("text"), row.get("messages")
+    if isinstance(text, str):
+        return text
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        said = [message.get("content") for message in messages]
+        return "\n\n".join(content for content in said if isinstance(content, str))
+    keys = ", ".join(map(repr, row)) or "no keys"
+    raise RecipeError(f"{where} has {keys}", "the text must be under 'text', or in 'messages'")
+
+
+def _hub_documents(source: str, characters: int, progress: Progress | None) -> list[str]:
+    """The first documents of a data set, enough for so many characters."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        hint = "unset HF_HUB_OFFLINE to read it from the hub, or give a text file"
+        raise RecipeError(f"{source} is no file here, and HF_HUB_OFFLINE is set", hint)
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise MissingExtraError(
+            f"reading {source} from the hub needs a package that is not installed", "pip install datasets"
+        ) from error
+    documents: dict[str, None] = {}
+    size = 0
+    try:
+        for number, row in enumerate(datasets.load_dataset(source, split="train", streaming=True), start=1):
+            text = _text_of(row, f"row {number} of {source}")
+            if text.strip() and text not in documents:
+                documents[text] = None
+                size += len(text)
+            if progress is not None:
+                progress(f"reading {source}", min(size, characters), characters)
+            if size >= characters and len(documents) >= _DOCUMENTS:
+                break
+    except (HTTPError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        why = " ".join(str(error).split())[:300]
+        hint = "check the spelling (owner/name) and the network, or give a text file"
+        raise RecipeError(f"{source} is no file and cannot be read from the hub: {why}", hint) from error
+    if not documents:
+        raise RecipeError(f"the data set {source} is empty", "give one with text in it")
+    return list(documents)
+
+
+def _self_written(
+    checkpoint: Checkpoint, samples: int, length: int, seed: int, progress: Progress | None
+) -> Tensor:
+    """What the model writes, int64 ``[samples, length]``; every second window goes on from an opening."""
+    reader = _reader(checkpoint, length) if has_tokenizer(checkpoint) else None
+    alone = [_first_token(checkpoint, reader)]
+    starts = [alone]
+    if reader is not None:
+        openings = random.Random(seed).sample(OPENINGS, len(OPENINGS))
+        ids = [(reader.start + reader.ids(opening, length))[: length // 2] for opening in openings]
+        starts = [start for opening in ids for start in (alone, opening)]
+    model = load_model(checkpoint, device="auto")
+    generator = torch.Generator().manual_seed(seed)
+    written = torch.zeros(samples, length, dtype=torch.int64)
+    for begin in range(0, samples, _BATCH):
+        rows = written[begin : begin + _BATCH]
+        given = [starts[(begin + i) % len(starts)] for i in range(len(rows))]
+        for position in _write(model, rows, given, generator):
+            if progress is not None:
+                done = begin * length + len(rows) * (position + 1)
+                progress("writing calibration text", done, samples * length)
+    return written
+
+
+def _first_token(checkpoint: Checkpoint, reader: _Reader | None) -> int:
+    """What a text begins after: the start token, else the end token."""
+    config = checkpoint.config
+    own = [] if reader is None else [reader.tokenizer.bos_token_id, reader.tokenizer.eos_token_id]
+    for token in (*own, config.get("bos_token_id"), config.get("eos_token_id")):
+        first = token[0] if isinstance(token, list) and token else token
+        if isinstance(first, int) and 0 <= first < checkpoint.sizes.vocab_size:
+            return first
+    return 0
+
+
+def _write(model: Any, rows: Tensor, given: list[list[int]], generator: torch.Generator) -> Iterator[int]:
+    """Fill ``rows``, token by token, each after what it is given; yields the position that is filled.
+
+    Not ``generate``: openings of different lengths need no padding here, an end token does not end a window,
+    no setting of the model bends the distribution, and the random numbers are the generator's alone.
+    """
+    for row, start in zip(rows, given, strict=True):
+        row[: len(start)] = torch.tensor(start)
+    fixed = torch.tensor([len(start) for start in given])
+    cache = None
+    for position in range(1, rows.shape[1]):
+        with torch.no_grad():
+            last = rows[:, position - 1 : position].to(model.device)
+            out = model(input_ids=last, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        odds = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
+        if not torch.isfinite(odds).all():
+            raise CheckpointError("the model's logits are not numbers", "get its weights again")
+        drawn = torch.multinomial(odds, 1, generator=generator).squeeze(1)
+        rows[:, position] = torch.where(fixed > position, rows[:, position], drawn)
+        yield position

@@ -1,0 +1,203 @@
+"""``down`` from end to end: the exact stage, calibration, the survey, the rebuilding, the output."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dslm.checkpoint.config import with_dtype
+from dslm.checkpoint.reader import Checkpoint, torch_dtype
+from dslm.checkpoint.writer import Planned
+from dslm.families import Tensor
+from dslm.load import pick_device
+from dslm.output import Progress, check_place, planned, write_output
+from dslm.plan import Plan, check_plan
+from dslm.shrink.calibrate import calibration, check_windows
+from dslm.shrink.fold import Stored, Weights
+from dslm.shrink.rebuild import Windows, rebuild
+from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.redundancy import exact_stage
+from dslm.shrink.survey import choose_layers, choose_stream, few
+from dslm.shrink.walk import Walk
+from dslm.sizes import Sizes, count_parameters
+
+CHECK_WINDOWS = 32
+"""Windows of a check text that are read for the report."""
+CITATIONS = {
+    "reconstruct": "https://arxiv.org/abs/2407.14679",
+    "slice": "https://arxiv.org/abs/2407.14679",
+}
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """What a shrink made.
+
+    Attributes:
+        folder: the finished checkpoint.
+        parameters: before and after.
+        nbytes: bytes of weights written.
+        removed: size word -> how much of it was redundant and went without loss.
+        layers: the layers that were kept, of what the exact stage left.
+        losses: ``held-out`` and ``check`` -> mean nats per token before and after; empty where all went without loss.
+        errors: relative squared error of the stream after each block, on held-out windows.
+        tokens: tokens that were fitted on.
+        origin: where the calibration text came from, in words.
+        seconds: how long it took.
+    """
+
+    folder: Path
+    parameters: tuple[int, int]
+    nbytes: int
+    removed: Mapping[str, int]
+    layers: tuple[int, ...]
+    losses: Mapping[str, tuple[float, float]]
+    errors: tuple[float, ...]
+    tokens: int
+    origin: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Smaller:
+    """The weights to write, and how they came about."""
+
+    weights: Weights
+    layers: tuple[int, ...]
+    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    errors: tuple[float, ...] = ()
+    tokens: int = 0
+    origin: str = ""
+
+
+def shrink_checkpoint(
+    source: Checkpoint,
+    plan: Plan,
+    out: Path,
+    *,
+    check: Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Shrunk:
+    """Write the smaller checkpoint that a plan describes.
+
+    What is redundant goes first, without loss; what is still over is chosen, cut and re-read by least squares. One
+    block of the model is in memory at a time, with its moments and the streams of the calibration windows. The
+    output appears whole or not at all, and is the same bytes for the same plan on the same machine.
+
+    Args:
+        source: the model to shrink, opened with its weights.
+        plan: sizes to reach, method and calibration.
+        out: folder to write.
+        check: a second text, which is only reported.
+        overwrite: replace an existing folder.
+        device: one of `dslm.load.DEVICES`.
+        progress: called with a label, what is done and what there is in all.
+
+    Raises:
+        SizeError, RecipeError: the sizes cannot be reached, or the calibration text cannot be used.
+        CheckpointError: the output place is not usable, or the source is broken.
+        VerificationError: activations are not finite.
+    """
+    begin = time.monotonic()
+    check_plan(plan, source.family, source.config)
+    final = plan.target.into_config(source.family, source.config)
+    check_place(source, planned(source, final, plan.dtype), out, overwrite=overwrite)
+    reduced = exact_stage(Stored(source), plan.target, progress=progress)
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.resolve().parent) as scratch:
+        smaller = _approximate(source, reduced.weights, plan, check, Path(scratch), device, progress)
+        config = with_dtype(smaller.weights.config, plan.dtype)
+        measured = _figures(reduced.removed, smaller)
+
+        def rows(tensor: Tensor, target: Planned) -> Iterator[torch.Tensor]:
+            whole = smaller.weights.read(tensor.name).to(torch_dtype(target.dtype))
+            step = max(1, _CHUNK_BYTES * len(whole) // max(1, target.nbytes))
+            return (whole[i : i + step] for i in range(0, len(whole), step))
+
+        write_output(
+            source,
+            plan,
+            config,
+            out,
+            rows,
+            label="writing",
+            methods=CITATIONS,
+            overwrite=overwrite,
+            measured=measured,
+            progress=progress,
+        )
+    counts = [count_parameters(source.family, c)["total"] for c in (source.config, config)]
+    return Shrunk(
+        folder=out,
+        parameters=(counts[0], counts[1]),
+        nbytes=sum(t.nbytes for t in planned(source, config, plan.dtype)),
+        removed=reduced.removed,
+        layers=smaller.layers,
+        losses=smaller.losses,
+        errors=smaller.errors,
+        tokens=smaller.tokens,
+        origin=smaller.origin,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _approximate(
+    source: Checkpoint,
+    weights: Weights,
+    plan: Plan,
+    check: Path | None,
+    folder: Path,
+    device: str,
+    progress: Progress | None,
+) -> _Smaller:
+    """Bring what the exact stage left to the plan's sizes."""
+    target = plan.target
+    before = Sizes.from_config(weights.family, weights.config)
+    everything = tuple(range(before.num_hidden_layers))
+    if before == target:
+        return _Smaller(weights, everything)
+    assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
+    asked = plan.calibration
+    text = calibration(
+        source,
+        asked["text"],
+        samples=asked["samples"],
+        length=asked["length"],
+        seed=plan.seed,
+        progress=progress,
+    )
+    length = text.train.shape[1]
+    empty = text.train[:0]
+    read = check_windows(source, check, length=length, limit=CHECK_WINDOWS) if check is not None else empty
+    windows = Windows(text.train, text.held_out, read)
+    where = pick_device(device)
+    walk = Walk(weights, where)
+    layers = choose_layers(walk, few(text.train), target.num_hidden_layers, progress)
+    stream = None
+    if before.hidden_size != target.hidden_size:
+        stream = choose_stream(walk, few(text.train), target.hidden_size, progress)
+    recipe = Recipe(solve="slice" not in plan.methods.values())
+    found = rebuild(
+        weights, target, layers, stream, windows, folder, recipe=recipe, device=where, progress=progress
+    )
+    return _Smaller(found, layers, found.losses, found.errors, text.train.numel(), text.origin)
+
+
+def _figures(removed: Mapping[str, int], smaller: _Smaller) -> dict[str, float | int | str]:
+    """What the card and the record say was measured."""
+    figures: dict[str, float | int | str] = {f"{word} removed without loss": n for word, n in removed.items()}
+    for text, (before, after) in smaller.losses.items():
+        figures[f"perplexity on the {text} text, before"] = math.exp(before)
+        figures[f"perplexity on the {text} text, after"] = math.exp(after)
+    if smaller.tokens:
+        figures["tokens fitted on"] = smaller.tokens
+    return figures

@@ -1,0 +1,86 @@
+"""The end of the model, after its blocks: the output table is re-read like any reader.
+
+An untied table becomes ``W M`` with ``M`` the least-squares map from the student's last state to the teacher's. A tied
+one stays the input table, and only the last norm's gain is fitted: ``argmin_c sum |E u - E' (c u')|^2`` has the normal
+equations ``(E'^T E' * C_u'u') c = diag(E'^T E C_uu')`` with an elementwise product (``docs/how-it-works.md``).
+
+Shape letters: N tokens, D the teacher's hidden size, S the student's, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dslm.families.axes import Role
+from dslm.shrink.fold import Fold, table_on_stream
+from dslm.shrink.reconstruct import Recipe, Streams
+from dslm.shrink.solve import Moments, solve
+from dslm.shrink.walk import Walk
+
+
+def fit_head(
+    teacher: Walk, student: Walk, stream: Fold | None, streams: Streams, recipe: Recipe
+) -> dict[str, Tensor]:
+    """Fit the end of the student.
+
+    Args:
+        teacher: the model to follow.
+        student: the smaller model.
+        stream: what became of the residual stream; None if it stayed.
+        streams: both streams after the last block.
+        recipe: how to fit.
+
+    Returns:
+        The tensors that changed, by their names on disk.
+    """
+    family, config = student.weights.family, student.weights.config
+    tied = family.is_tied(config)
+    if not table_on_stream(family, config) or (tied and stream is None):
+        return {}
+    sums: dict[bool, Moments] = {}
+    with teacher.head(), student.head():
+        for windows, fit in streams.used():
+            goal_ND = teacher.before_head(streams.teacher[windows].to(teacher.device))
+            x_NS = student.before_head(streams.student[windows].to(student.device))
+            if fit not in sums:
+                sums[fit] = Moments.zero(x_NS.shape[1], goal_ND.shape[1], student.device)
+            sums[fit].add(x_NS, goal_ND)
+    for one in sums.values():
+        one.summed()
+    if tied:
+        return _balanced_norm(teacher, student, sums)
+    eye_DD = torch.eye(streams.teacher.shape[-1], device=student.device)
+    decoder_DS = eye_DD if stream is None else stream.read(eye_DD, 1)
+    found = solve(sums[True], sums[False], decoder_DS, {"head": slice(None)}, ridges=recipe.ridges)["head"]
+    table = family.embedding if family.is_tied(teacher.weights.config) else family.head
+    return {family.head: teacher.weights.read(table) @ found.weight_YX.cpu()}
+
+
+def _balanced_norm(teacher: Walk, student: Walk, sums: dict[bool, Moments]) -> dict[str, Tensor]:
+    """The last norm with the factors that suit a tied table best, kept if they do better on held-out tokens."""
+    family = student.weights.family
+    table_VD = teacher.weights.read(family.embedding).double()
+    table_VS = student.weights.read(family.embedding).double()
+    own_SS, cross_SD = table_VS.T @ table_VS, table_VS.T @ table_VD
+
+    def loss(sums: Moments, factor_S: Tensor) -> float:
+        quadratic = factor_S @ (own_SS * sums.gram_XX.cpu()) @ factor_S
+        return float(quadratic - 2.0 * factor_S @ (cross_SD @ sums.cross_YX.cpu()).diagonal())
+
+    ones_S = torch.ones(len(own_SS), dtype=torch.float64)
+    system_SS = own_SS * sums[True].gram_XX.cpu()
+    goal_S = (cross_SD @ sums[True].cross_YX.cpu()).diagonal()
+    best, error = ones_S, loss(sums[False], ones_S)
+    for strength in (0.01, 0.1, 1.0):
+        damped_SS = system_SS + torch.diag(strength * system_SS.diagonal())
+        factor_S = ones_S + torch.linalg.solve(damped_SS, goal_S - system_SS @ ones_S)
+        if loss(sums[False], factor_S) < error:
+            best, error = factor_S, loss(sums[False], factor_S)
+    found = {}
+    for name, place in student.places.items():
+        if family.final_norm and name.startswith(family.final_norm + "."):
+            offset = family.gain_offset if place.line.spec.axes[0].role is Role.GAIN else 0
+            stored = student.weights.read(name)
+            found[name] = (stored + offset) * best.to(stored) - offset
+    return found

@@ -1,0 +1,186 @@
+"""Shrinking a whole model: teacher and student walk side by side, and each finished block goes to disk.
+
+Shape letters: B windows, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dslm.families import Family
+from dslm.shrink.fold import Fold, Folded, Key, Weights
+from dslm.shrink.head import fit_head
+from dslm.shrink.reconstruct import Rebuilder, Recipe, Streams
+from dslm.shrink.streams import empty_stream
+from dslm.shrink.walk import Walk
+from dslm.sizes import Sizes
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows:
+    """Tokens for shrinking, each int64 ``[windows, tokens]``.
+
+    Attributes:
+        fit: what is fitted on.
+        held_out: what chooses between candidates, and is reported.
+        check: another text that is only reported; it may be empty.
+    """
+
+    fit: Tensor
+    held_out: Tensor
+    check: Tensor
+
+    @property
+    def all(self) -> Tensor:
+        """Every window, in this order."""
+        return torch.cat([self.fit, self.held_out, self.check])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rebuilt:
+    """A shrunk model: its finished tensors lie in a folder, the others are the source's seen through folds.
+
+    Attributes:
+        base: the folded source.
+        files: tensor name -> the file that holds it.
+        losses: text -> mean cross-entropy in nats per token before and after.
+        errors: relative squared error of the stream after each block, on held-out windows.
+    """
+
+    base: Folded
+    files: Mapping[str, Path]
+    losses: Mapping[str, tuple[float, float]]
+    errors: tuple[float, ...]
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return self.base.family
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """The smaller model's config."""
+        return self.base.config
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        if name not in self.files:
+            return self.base.read(name)
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """What one shrink needs all along."""
+
+    teacher: Walk
+    student: Walk
+    streams: Streams
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def keep(self, label: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put finished tensors on disk."""
+        if not tensors:
+            return
+        path = self.folder / f"{label}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        self.files.update(dict.fromkeys(tensors, path))
+
+
+def rebuild(
+    source: Weights,
+    target: Sizes,
+    layers: tuple[int, ...],
+    stream: Fold | None,
+    windows: Windows,
+    folder: Path,
+    *,
+    recipe: Recipe | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Rebuilt:
+    """Shrink a model to the target's sizes.
+
+    One block of each model and its moments are in memory at a time, and the streams of all windows.
+
+    Args:
+        source: the model to shrink.
+        target: sizes to reach.
+        layers: the source's layers that stay; the first is always among them.
+        stream: what becomes of the residual stream; None if it stays.
+        windows: calibration and check tokens, all of one length.
+        folder: where finished blocks go, and streams too large for memory.
+        recipe: how blocks are rebuilt.
+        device: where the models run.
+        progress: called with a label, blocks done and blocks in all.
+    """
+    before = Sizes.from_config(source.family, source.config)
+    folds: dict[Key, Fold] = {} if stream is None else {("hidden", None): stream}
+    base = Folded(source, target, layers, folds)
+    teacher, student = Walk(source, device), Walk(base, device)
+    tokens = windows.all
+    embedded = teacher.embed(tokens)
+    streams = Streams(
+        teacher=_stored(embedded, folder, "teacher"),
+        ahead=empty_stream(len(tokens), tokens.shape[1], before.hidden_size, folder, "ahead"),
+        student=_stored(student.embed(tokens), folder, "student"),
+        fit=len(windows.fit),
+        held_out=len(windows.held_out),
+    )
+    run = _Run(teacher, student, streams, folder)
+    rebuilder = Rebuilder(teacher, student, folds, before, target, recipe or Recipe())
+    following = (*layers[1:], before.num_hidden_layers)
+    for layer, (origin, until) in enumerate(zip(layers, following, strict=True)):
+        run.keep(f"block-{layer}", rebuilder.block(layer, origin, until, streams))
+        if progress is not None:
+            progress("shrinking", layer + 1, len(layers))
+    if rebuilder.recipe.solve:
+        run.keep("head", fit_head(teacher, student, stream, streams, rebuilder.recipe))
+    rebuilt = Rebuilt(base, run.files, {}, tuple(rebuilder.errors))
+    student.weights = rebuilt
+    return replace(rebuilt, losses=_losses(run, windows))
+
+
+def _stored(stream: Tensor, folder: Path, name: str) -> Tensor:
+    windows, length, width = stream.shape
+    room = empty_stream(windows, length, width, folder, name)
+    return room.copy_(stream)
+
+
+def _losses(run: _Run, windows: Windows) -> dict[str, tuple[float, float]]:
+    """Mean cross-entropy of both models on the held-out and the check windows."""
+    start = len(windows.fit)
+    parts = {
+        "held-out": (windows.held_out, slice(start, start + len(windows.held_out))),
+        "check": (windows.check, slice(start + len(windows.held_out), None)),
+    }
+    found: dict[str, list[float]] = {}
+    for walk, stream in ((run.teacher, run.streams.teacher), (run.student, run.streams.student)):
+        with walk.head() as logits:
+            for label, (ids, where) in parts.items():
+                if len(ids):
+                    found.setdefault(label, []).append(mean_loss(logits, stream[where], ids, walk.device))
+    return {label: (pair[0], pair[1]) for label, pair in found.items()}
+
+
+def mean_loss(
+    logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, ids_BT: Tensor, device: torch.device
+) -> float:
+    """Mean cross-entropy in nats per predicted token."""
+    total = 0.0
+    for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
+        logits_TV = logits(hidden_TD[None].to(device))[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:].to(device), reduction="sum"))
+    return total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1))

@@ -1,0 +1,307 @@
+"""Shrinking one block: choose what stays, then re-read it by least squares on what the smaller model really sees.
+
+Teacher and student walk side by side. In each block the stages run in order: matrices that read the stream aim at what
+the teacher's compute from its own stream; matrices that write it aim at where the teacher's stream goes, so that each
+block also repairs what earlier blocks have lost (``docs/how-it-works.md``, "Re-reading").
+
+Shape letters: B windows, T tokens, N tokens of a batch, D hidden size, X input features, Y outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dslm.shrink.fold import Fold, Key, axis_fold
+from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
+from dslm.shrink.solve import RIDGES, Moments, Solution, solve, sum_over_processes
+from dslm.shrink.streams import batches
+from dslm.shrink.tap import Anatomy, Stage, anatomy, tap
+from dslm.shrink.walk import Walk
+from dslm.sizes import Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How blocks are rebuilt. The defaults are what measured best; benchmarks switch parts off one by one.
+
+    Attributes:
+        solve: re-read by least squares; without it what stays is only cut out (the slicing baseline).
+        readers: refit matrices that read the stream too.
+        drift: let writers aim at the teacher's stream, and not only at what its block adds.
+        weigh_tokens: weight each token by one over the mean square of the stream.
+        ridges: strengths that are tried.
+    """
+
+    solve: bool = True
+    readers: bool = True
+    drift: bool = True
+    weigh_tokens: bool = True
+    ridges: tuple[float, ...] = RIDGES
+
+
+@dataclass(slots=True, eq=False)
+class Streams:
+    """What flows through both models, and which windows serve for what.
+
+    Attributes:
+        teacher: ``[B, T, D]``, the teacher's stream before the next block.
+        ahead: the teacher's stream after the next block, and after those behind it that are dropped.
+        student: ``[B, T, D']``, the student's.
+        fit: windows to fit on: the first so many.
+        held_out: windows that choose the ridge: the next so many. All others only flow.
+    """
+
+    teacher: Tensor
+    ahead: Tensor
+    student: Tensor
+    fit: int
+    held_out: int
+
+    def batches(self) -> Iterator[slice]:
+        """All windows, never two kinds in one batch."""
+        length, ends = self.teacher.shape[1], [0, self.fit, self.fit + self.held_out, len(self.teacher)]
+        for start, stop in pairwise(ends):
+            yield from batches(start, stop, length)
+
+    def used(self) -> Iterator[tuple[slice, bool]]:
+        """The windows that solving uses, and whether they are for fitting."""
+        length = self.teacher.shape[1]
+        for one in batches(0, self.fit, length):
+            yield one, True
+        for one in batches(self.fit, self.fit + self.held_out, length):
+            yield one, False
+
+
+@dataclass(slots=True, eq=False)
+class Rebuilder:
+    """Rebuilds the blocks of a student one after the other.
+
+    Attributes:
+        teacher: the model to follow.
+        student: the smaller model, whose weights are the teacher's seen through ``folds``.
+        folds: space -> fold; the folds of a block are chosen when it is reached.
+        source: the teacher's sizes.
+        target: the student's sizes.
+        recipe: how blocks are rebuilt.
+        errors: relative squared error of the student's stream after each block, on held-out windows.
+        solutions: what was found for each matrix.
+    """
+
+    teacher: Walk
+    student: Walk
+    folds: dict[Key, Fold]
+    source: Sizes
+    target: Sizes
+    recipe: Recipe
+    errors: list[float] = field(default_factory=list)
+    solutions: dict[str, Solution] = field(default_factory=dict)
+
+    def block(self, layer: int, origin: int, until: int, streams: Streams) -> dict[str, Tensor]:
+        """Rebuild one block and move both streams past it.
+
+        Args:
+            layer: the student's block.
+            origin: the teacher's block that it comes from.
+            until: the teacher's next block that is kept; those between are dropped, and this block makes up for them.
+            streams: both streams before the block; they are moved on.
+
+        Returns:
+            The block's tensors by their names on disk.
+        """
+        with self.teacher.block(origin):
+            shape = anatomy(self.teacher, origin, streams.teacher[:1].to(self.teacher.device))
+            self._look_ahead(origin, shape, streams)
+        for skipped in range(origin + 1, until):
+            with self.teacher.block(skipped):
+                for windows in streams.batches():
+                    moved = self.teacher.run(skipped, streams.ahead[windows].to(self.teacher.device))
+                    streams.ahead[windows] = moved.cpu()
+        with self.teacher.block(origin), self.student.block(layer):
+            if self.recipe.solve:
+                for stage in shape.stages:
+                    self._stage(stage, shape, layer, origin, streams)
+            self._move_on(layer, streams)
+            names = [n for n, place in self.student.places.items() if place.line.layer == layer]
+            return {name: self.student.get(name).cpu() for name in names}
+
+    def _look_ahead(self, origin: int, shape: Anatomy, streams: Streams) -> None:
+        """Run the teacher's block; on the way choose the units and heads that stay."""
+        units_change = self.source.intermediate_size != self.target.intermediate_size
+        heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
+        heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
+        powers: dict[str, Tensor] = {}
+        for windows in streams.batches():
+            hidden = streams.teacher[windows].to(self.teacher.device)
+            streams.ahead[windows] = self.teacher.run(origin, hidden).cpu()
+            if windows.start < streams.fit and (units_change or heads_change):
+                for name, x_NX in tap(self.teacher, origin, hidden, inputs=shape.writers).items():
+                    is_heads = "head_dim" in self._axis_words(name)
+                    found = x_NX.T @ x_NX if is_heads else x_NX.square().sum(dim=0)
+                    powers[name] = powers.get(name, 0.0) + found.double()
+        tokens = float(sum_over_processes(torch.tensor(float(streams.fit * streams.teacher.shape[1]))))
+        for name, power in powers.items():
+            sum_over_processes(power)
+            writer = self.teacher.get(name)
+            if "head_dim" in self._axis_words(name):
+                if heads_change:
+                    scores = head_scores(power / tokens, writer, self.source.num_attention_heads).cpu()
+                    kept = choose_heads(
+                        scores,
+                        self.source.num_key_value_heads,
+                        self.target.num_attention_heads,
+                        self.target.num_key_value_heads,
+                    )
+                    self.folds.update({(word, origin): fold for word, fold in kept.items()})
+            elif units_change:
+                scores = unit_scores(power / tokens, writer).cpu()
+                self.folds["intermediate", origin] = choose_units(scores, self.target.intermediate_size)
+
+    def _axis_words(self, name: str) -> tuple[str, ...]:
+        return self.teacher.places[name].line.spec.axes[1].dimensions
+
+    def _stage(self, stage: Stage, shape: Anatomy, layer: int, origin: int, streams: Streams) -> None:
+        if stage.writes:
+            for name in stage.names:
+                self._solve_writer(name, shape, layer, origin, streams)
+        elif self.recipe.readers:
+            self._solve_readers(stage.names, layer, origin, streams)
+
+    def _solve_readers(self, names: tuple[str, ...], layer: int, origin: int, streams: Streams) -> None:
+        """Matrices that read the same input aim at what the teacher's compute, for the units and heads that stay."""
+        own = [_moved(name, origin, layer) for name in names]
+        prior_YX = torch.cat([_affine(self.student, name) for name in own])
+        target_YX = torch.cat([self._kept_rows(name, origin) for name in names])
+        widths = prior_YX.shape[1], target_YX.shape[1]
+        sums = {fit: Moments.zero(*widths, self.student.device) for fit in (True, False)}
+        powers = {fit: Moments.zero(widths[1], 0, self.student.device) for fit in (True, False)}
+        for windows, fit in streams.used():
+            x_NX = _read(self.student, layer, streams.student[windows], own[0])
+            wanted_NX = _read(self.teacher, origin, streams.teacher[windows], names[0])
+            sums[fit].add(x_NX, wanted_NX)
+            powers[fit].add(wanted_NX, wanted_NX[:, :0])
+        moments = {
+            fit: sums[fit].summed().through(target_YX, powers[fit].summed().gram_XX) for fit in (True, False)
+        }
+        self._accept(moments, prior_YX, own)
+
+    def _kept_rows(self, name: str, origin: int) -> Tensor:
+        """Rows of a teacher's matrix, and its bias behind them, as the student's writes them."""
+        line = self.teacher.places[name].line
+        sizes = self.teacher.weights.family.dimensions(self.teacher.weights.config)
+        fold = axis_fold(line.spec.axes[0], origin, self.folds, sizes)
+        rows = _affine(self.teacher, name)
+        return rows if fold is None else fold.write(rows, 0)
+
+    def _solve_writer(self, name: str, shape: Anatomy, layer: int, origin: int, streams: Streams) -> None:
+        """A matrix that writes the stream aims at where the teacher's stream goes."""
+        own = _moved(name, origin, layer)
+        prior_YX = _affine(self.student, own)
+        sums = {
+            fit: Moments.zero(prior_YX.shape[1], len(prior_YX), self.student.device) for fit in (True, False)
+        }
+        for windows, fit in streams.used():
+            x_NX, target_NY = self._writer_pair(name, shape, layer, origin, streams, windows)
+            weight_N = None
+            if self.recipe.weigh_tokens:
+                scale_ND = streams.ahead[windows].flatten(0, 1).to(x_NX.device)
+                weight_N = 1.0 / scale_ND.square().mean(dim=1).clamp_min(1e-12)
+            sums[fit].add(x_NX, target_NY, weight_N)
+        self._accept({fit: one.summed() for fit, one in sums.items()}, prior_YX, [own])
+
+    def _writer_pair(
+        self, name: str, shape: Anatomy, layer: int, origin: int, streams: Streams, windows: slice
+    ) -> tuple[Tensor, Tensor]:
+        """What the student's writer reads, and what it should write, for some windows."""
+        position = shape.writers.index(name)
+        is_last = position == len(shape.writers) - 1
+        aims_at_stream = shape.adds and self.recipe.drift
+        before = [_moved(n, origin, layer) for n in shape.writers[:position]] if aims_at_stream else []
+        own = _moved(name, origin, layer)
+        hidden = streams.student[windows].to(self.student.device)
+        seen = tap(self.student, layer, hidden, inputs=[own], outputs=before)
+        x_NX = _with_one(seen[own]) if _bias(self.student, own) else seen[own]
+        teacher_hidden = streams.teacher[windows].to(self.teacher.device)
+        if aims_at_stream and is_last:
+            goal_ND = streams.ahead[windows].flatten(0, 1).to(self.teacher.device)
+        else:
+            outputs = shape.writers[: position + 1] if aims_at_stream else [name]
+            given = tap(self.teacher, origin, teacher_hidden, outputs=outputs)
+            goal_ND = torch.stack(list(given.values())).sum(dim=0)
+            if aims_at_stream:
+                goal_ND = goal_ND + teacher_hidden.flatten(0, 1)
+        target_NY = self._encoded(goal_ND)
+        if aims_at_stream:
+            target_NY = target_NY - hidden.flatten(0, 1)
+            for earlier in before:
+                target_NY = target_NY - seen[earlier + ":out"]
+        return x_NX, target_NY
+
+    def _encoded(self, hidden_ND: Tensor) -> Tensor:
+        """The teacher's stream as the student carries it."""
+        stream = self.folds.get(("hidden", None))
+        return hidden_ND if stream is None else stream.write(hidden_ND, -1)
+
+    def _accept(self, moments: dict[bool, Moments], prior_YX: Tensor, names: list[str]) -> None:
+        """Solve for some matrices that read the same input, and put the results in place."""
+        parts, start = {}, 0
+        for name in names:
+            stop = start + len(self.student.get(name))
+            parts[name] = slice(start, stop)
+            start = stop
+        found = solve(moments[True], moments[False], prior_YX, parts, ridges=self.recipe.ridges)
+        for name, solution in found.items():
+            self.solutions[name] = solution
+            weight_YX = solution.weight_YX
+            if bias := _bias(self.student, name):
+                self.student.put(bias, weight_YX[:, -1].clone())
+                weight_YX = weight_YX[:, :-1]
+            self.student.put(name, weight_YX.contiguous())
+
+    def _move_on(self, layer: int, streams: Streams) -> None:
+        """Move both streams past the block and note how far apart they are."""
+        off, whole = 0.0, 0.0
+        held_out = range(streams.fit, streams.fit + streams.held_out)
+        for windows in streams.batches():
+            out = self.student.run(layer, streams.student[windows].to(self.student.device)).cpu()
+            streams.student[windows] = out
+            streams.teacher[windows] = streams.ahead[windows]
+            if windows.start in held_out:
+                goal = self._encoded(streams.teacher[windows])
+                scale = goal.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
+                off += float(((out - goal).square() / scale).sum())
+                whole += goal.numel()
+        off, whole = sum_over_processes(torch.tensor([off, whole], dtype=torch.float64)).tolist()
+        self.errors.append(off / whole)
+
+
+def _moved(name: str, origin: int, layer: int) -> str:
+    """The name that a tensor of block ``origin`` has in block ``layer``."""
+    return name.replace(f".{origin}.", f".{layer}.", 1)
+
+
+def _bias(walk: Walk, name: str) -> str | None:
+    """The name of a matrix's bias, if it has one."""
+    bias = name.removesuffix("weight") + "bias"
+    return bias if bias in walk.places else None
+
+
+def _affine(walk: Walk, name: str) -> Tensor:
+    """A loaded matrix with its bias as a last column, where it has one."""
+    bias = _bias(walk, name)
+    weight_YX = walk.get(name)
+    return weight_YX if bias is None else torch.cat([weight_YX, walk.get(bias)[:, None]], dim=1)
+
+
+def _with_one(x_NX: Tensor) -> Tensor:
+    return torch.cat([x_NX, x_NX.new_ones(len(x_NX), 1)], dim=1)
+
+
+def _read(walk: Walk, layer: int, hidden_BTD: Tensor, name: str) -> Tensor:
+    """What a matrix reads, with a one behind it where it has a bias."""
+    x_NX = tap(walk, layer, hidden_BTD.to(walk.device), inputs=[name])[name]
+    return _with_one(x_NX) if _bias(walk, name) else x_NX

@@ -1,0 +1,37 @@
+"""The residual streams of all calibration windows, in memory or, above a limit, in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+IN_MEMORY = 2_000_000_000
+"""Bytes of one stream above which it lies in a file instead."""
+BATCH_TOKENS = 4096
+
+
+def empty_stream(windows: int, length: int, width: int, folder: Path, name: str) -> Tensor:
+    """Room for a stream, ``[windows, length, width]`` in float32.
+
+    Args:
+        windows: number of windows.
+        length: tokens of each.
+        width: hidden size.
+        folder: where a file may go.
+        name: the file's name.
+    """
+    count = windows * length * width
+    if count * 4 <= IN_MEMORY:
+        return torch.empty(windows, length, width)
+    flat = torch.from_file(str(folder / name), shared=True, size=count, dtype=torch.float32)
+    return flat.view(windows, length, width)
+
+
+def batches(start: int, stop: int, length: int) -> Iterator[slice]:
+    """Windows ``start`` to ``stop`` in runs of about `BATCH_TOKENS` tokens."""
+    step = max(1, BATCH_TOKENS // length)
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))

@@ -1,0 +1,138 @@
+"""Looking into a running block: what its linear modules get and give, and in which order they run.
+
+Shape letters: B windows, T tokens, D hidden size, X input features, Y outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dslm.families.axes import Role
+from dslm.shrink.walk import Stop, Walk
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Linear modules of a block that read the same input, in the order in which blocks run.
+
+    Attributes:
+        names: their weights' names on disk.
+        writes: whether they write the residual stream.
+    """
+
+    names: tuple[str, ...]
+    writes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What one pass through a block shows.
+
+    Attributes:
+        stages: its linear modules in running order.
+        adds: whether the block's output is its input plus what its writers give. Where a norm follows the writers
+            (OLMo-2, Gemma 2 and 3) it is not.
+    """
+
+    stages: tuple[Stage, ...]
+    adds: bool
+
+    @property
+    def writers(self) -> list[str]:
+        """Names of the weights that write the stream, in running order."""
+        return [name for stage in self.stages if stage.writes for name in stage.names]
+
+
+def anatomy(walk: Walk, layer: int, hidden_BTD: Tensor) -> Anatomy:
+    """Run a loaded block once and see how it is built."""
+    seen: list[tuple[str, Tensor, Tensor]] = []
+    linears = walk.linears(layer)
+    handles = []
+    for module, name in linears.items():
+
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = name) -> None:
+            seen.append((name, args[0], out))
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        out_BTD = walk.run(layer, hidden_BTD)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stages: list[Stage] = []
+    last: Tensor | None = None
+    for name, x, _ in seen:
+        if x is last:
+            stages[-1] = Stage((*stages[-1].names, name), stages[-1].writes)
+        else:
+            stages.append(Stage((name,), writes_stream(walk, name)))
+        last = x
+    written = hidden_BTD.clone()
+    for name, _, y in seen:
+        if writes_stream(walk, name):
+            written += y.view_as(written)
+    scale = out_BTD.abs().max().clamp_min(1e-30)
+    return Anatomy(tuple(stages), bool((written - out_BTD).abs().max() < 1e-4 * scale))
+
+
+def writes_stream(walk: Walk, name: str) -> bool:
+    """Whether a matrix writes the residual stream."""
+    axis = walk.places[name].line.spec.axes[0]
+    return axis.role is Role.WRITE and "hidden" in axis.dimensions
+
+
+@torch.no_grad()
+def tap(
+    walk: Walk, layer: int, hidden_BTD: Tensor, *, inputs: Collection[str] = (), outputs: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Run a loaded block until everything asked for was seen.
+
+    Args:
+        walk: the model.
+        layer: the block, which is loaded.
+        hidden_BTD: what it gets.
+        inputs: names of weights whose input is wanted; it is returned under the name.
+        outputs: names of weights whose output is wanted; it is returned under ``name + ":out"``.
+
+    Returns:
+        ``[B * T, X]`` or ``[B * T, Y]`` for each.
+    """
+    found: dict[str, Tensor] = {}
+    wanted = len(inputs) + len(outputs)
+    handles = []
+    for module, name in walk.linears(layer).items():
+        if name in inputs:
+            handles.append(module.register_forward_pre_hook(_on_input(found, name, wanted)))
+        if name in outputs:
+            handles.append(module.register_forward_hook(_on_output(found, name, wanted)))
+    try:
+        walk.run(layer, hidden_BTD)
+    except Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _on_input(found: dict[str, Tensor], name: str, wanted: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found[name] = args[0].flatten(0, -2)
+        if len(found) == wanted:
+            raise Stop
+
+    return hook
+
+
+def _on_output(found: dict[str, Tensor], name: str, wanted: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        found[name + ":out"] = out.flatten(0, -2)
+        if len(found) == wanted:
+            raise Stop
+
+    return hook

@@ -1,0 +1,237 @@
+"""Walking a stock transformers model block by block, with the weights of one block in memory.
+
+The model is built by transformers on the meta device, so no model is implemented here; the weights of what runs are
+put in place for as long as it runs. What a model passes to its blocks beside the stream (masks, rotary tables) is
+recorded from its own forward pass, whose blocks are stubs for that moment.
+
+Shape letters: B windows, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dslm.errors import CheckpointError
+from dslm.families import Tensor as TableTensor
+from dslm.shrink.fold import Weights
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+_WINDOWS = 8
+"""Windows that are embedded at once."""
+
+
+class Stop(Exception):  # noqa: N818  (not an error: what a hook raises when it has seen enough)
+    """Ends a forward pass early."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where a tensor of the family's table lives in the loaded model.
+
+    Attributes:
+        line: what the table says about it.
+        owners: modules and attribute names that hold it; several for a tied table.
+    """
+
+    line: TableTensor
+    owners: tuple[tuple[nn.Module, str], ...]
+
+
+class Walk:
+    """A stock model whose blocks are loaded one at a time, computed in float32.
+
+    Args:
+        weights: where its numbers come from.
+        device: where it runs.
+
+    Raises:
+        CheckpointError: the family's table and the transformers class do not agree on a tensor.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.weights = weights
+        self.device = torch.device(device)
+        values = {key: value for key, value in weights.config.items() if key != "model_type"}
+        config = AutoConfig.for_model(weights.config["model_type"], **values)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self.places = _places(self.model, weights)
+        self.blocks = _blocks(self.model, weights)
+        _fill_buffers(self.model, self.device)
+        self._arguments: dict[int, list[Arguments]] = {}
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """What the first block gets for some windows, ``[B, T, D]`` in float32."""
+        with self._loaded(self._outside(head=False)):
+            if ids_BT.shape[1] not in self._arguments:
+                self._record(ids_BT[:1])
+            pieces = [self._first(ids_BT[i : i + _WINDOWS]) for i in range(0, len(ids_BT), _WINDOWS)]
+        return torch.cat(pieces)
+
+    def _first(self, ids_BT: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(hidden)
+            raise Stop
+
+        self._run_stubs(ids_BT, stub)
+        return seen[0]
+
+    def _record(self, ids_1T: Tensor) -> None:
+        """Keep what each block is given beside the stream, for windows of this length."""
+        seen: list[Arguments] = []
+
+        def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append((args, kwargs))
+            if len(seen) == len(self.blocks):
+                raise Stop
+            return hidden
+
+        self._run_stubs(ids_1T, stub)
+        self._arguments[ids_1T.shape[1]] = seen
+
+    @torch.no_grad()
+    def _run_stubs(self, ids_BT: Tensor, stub: Callable[..., Tensor]) -> None:
+        with _stubs(self.blocks, [stub] * len(self.blocks)), suppress(Stop):
+            self.model.base_model(input_ids=ids_BT.to(self.device), use_cache=False)
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[nn.Module]:
+        """One block with its weights, for as long as the context lasts."""
+        names = [name for name, place in self.places.items() if place.line.layer == layer]
+        with self._loaded(names):
+            yield self.blocks[layer]
+
+    @torch.no_grad()
+    def run(self, layer: int, hidden_BTD: Tensor) -> Tensor:
+        """What a loaded block makes of the stream; `embed` must have seen windows of this length."""
+        args, kwargs = self._arguments[hidden_BTD.shape[1]][layer]
+        out = self.blocks[layer](hidden_BTD, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The end of the model: a function from the stream ``[B, T, D]`` to logits ``[B, T, V]``."""
+        with self._loaded(self._outside(head=True)):
+            yield self._logits
+
+    @torch.no_grad()
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+        stubs: list[Callable[..., Tensor]] = [lambda hidden, *args, **kwargs: hidden] * len(self.blocks)
+        stubs[-1] = lambda *args, **kwargs: hidden_BTD
+        width = self.model.get_input_embeddings().embedding_dim
+        empty = torch.zeros(*hidden_BTD.shape[:2], width, device=self.device)
+        with _stubs(self.blocks, stubs):
+            logits: Tensor = self.model(inputs_embeds=empty, use_cache=False).logits
+        return logits.float()
+
+    def before_head(self, hidden_BTD: Tensor) -> Tensor:
+        """What the output table reads, ``[B * T, S]``; within `head`."""
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].flatten(0, -2))
+            raise Stop
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(hook)
+        try:
+            with suppress(Stop):
+                self._logits(hidden_BTD)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _outside(self, *, head: bool) -> list[str]:
+        """Names of the tensors outside the blocks that the beginning, or the end, of the model needs."""
+        family = self.weights.family
+        skipped = set() if head else {family.head}
+        if head and not family.is_tied(self.weights.config):
+            skipped.add(family.embedding)
+        return [n for n, p in self.places.items() if p.line.layer is None and n not in skipped]
+
+    @contextmanager
+    def _loaded(self, names: Sequence[str]) -> Iterator[None]:
+        for name in names:
+            self.put(name, self.weights.read(name).to(self.device, torch.float32))
+        try:
+            yield
+        finally:
+            for name in names:
+                self.put(name, torch.empty(self.places[name].line.shape, device="meta"))
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Give a tensor of the model other numbers, of the same shape."""
+        parameter = nn.Parameter(values, requires_grad=False)
+        for module, attribute in self.places[name].owners:
+            setattr(module, attribute, parameter)
+
+    def get(self, name: str) -> Tensor:
+        """The numbers of a tensor that is loaded."""
+        module, attribute = self.places[name].owners[0]
+        parameter: Tensor = getattr(module, attribute)
+        return parameter.data
+
+    def linears(self, layer: int) -> dict[nn.Module, str]:
+        """The linear modules of a block and the names of their weights on disk."""
+        return {
+            place.owners[0][0]: name
+            for name, place in self.places.items()
+            if place.line.layer == layer and len(place.line.spec.axes) == 2
+        }
+
+
+def _places(model: Any, weights: Weights) -> dict[str, Place]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, attribute))
+    on_disk = revert_weight_conversion(model, dict(model.named_parameters()))
+    places = {}
+    for name, line in weights.family.layout(weights.config).items():
+        parameter = on_disk.get(name)
+        if parameter is None or id(parameter) not in owners:
+            raise CheckpointError(f"transformers does not hold {name!r} as one parameter")
+        places[name] = Place(line, tuple(owners[id(parameter)]))
+    return places
+
+
+def _blocks(model: Any, weights: Weights) -> nn.ModuleList:
+    layers = weights.family.dimensions(weights.config)["layers"]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if len(lists) != 1:
+        raise CheckpointError(f"{type(model).__name__} does not keep its {layers} blocks in one list")
+    return lists[0]
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers (rotary tables, Gemma's multiplier) as transformers does after loading."""
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        if buffers:
+            for name, buffer in buffers.items():
+                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
+            model._init_weights(module)
+
+
+@contextmanager
+def _stubs(blocks: nn.ModuleList, stubs: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Let each block do something else for a moment; all that the model asks of a block but its work stays."""
+    for block, stub in zip(blocks, stubs, strict=True):
+        block.forward = stub
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,371 @@
+"""Calibration tokens: packed, split without overlap, the same for the same seed, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import pico
+from dslm.checkpoint.reader import open_folder
+from dslm.errors import CheckpointError, MissingExtraError, RecipeError
+from dslm.shrink.calibrate import OPENINGS, _write, calibration, check_windows
+
+BOS, EOS = 1, 2
+SIZES = {"samples": 16, "length": 32, "seed": 0}
+
+
+def add_tokenizer(folder, *, words=pico.VOCAB, bos=False, eos=True):
+    vocab = {"<pad>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    ends = {"eos_token": "</s>"} if eos else {}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", **ends
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """An opened tiny model, with the tokenizer that is asked for; None is none."""
+    model = pico.make_model("llama", "gqa-tied")
+
+    def make(**tokenizer):
+        folder = pico.save(model, tmp_path_factory.mktemp("model") / "tiny")
+        if tokenizer:
+            add_tokenizer(folder, **tokenizer)
+        return open_folder(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain(make):
+    return make(bos=False)
+
+
+@pytest.fixture(scope="module")
+def bare(make):
+    return make()
+
+
+def words(count, seed=0):
+    return " ".join(f"w{random.Random(seed * 10_007 + i).randrange(3, pico.VOCAB)}" for i in range(count))
+
+
+def ids(text):
+    return [int(word[1:]) for word in text.split()]
+
+
+def jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def rows(windows):
+    return {tuple(row) for row in windows.tolist()}
+
+
+def test_a_text_is_cut_into_windows_in_order_and_the_last_ones_are_held_out(plain, tmp_path):
+    text = words(600)
+    (tmp_path / "a.txt").write_text(text)
+    found = calibration(plain, str(tmp_path / "a.txt"), **SIZES)
+    assert found.train.dtype == found.held_out.dtype == torch.int64
+    assert (found.train.shape, found.held_out.shape) == ((14, 32), (2, 32))
+    assert torch.cat([found.train, found.held_out]).flatten().tolist() == ids(text)[: 16 * 32]
+    assert found.origin == f"the file {tmp_path / 'a.txt'}"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "messages", "wikitext", "hub"])
+def test_documents_are_held_out_whole(plain, tmp_path, monkeypatch, kind):
+    # Word i belongs to document i alone, so that a token tells its document.
+    texts = [" ".join([f"w{i}"] * 20) for i in range(3, 93)]
+    source = tmp_path / "text.jsonl"
+    if kind == "jsonl":
+        jsonl(source, texts)
+    elif kind == "messages":
+        said = [
+            {"messages": [{"role": "user", "content": t}, {"content": t}, {"content": None}]} for t in texts
+        ]
+        source.write_text("\n\n".join(map(json.dumps, said)), encoding="utf-8-sig")
+    elif kind == "wikitext":
+        source = tmp_path / "text.txt"
+        source.write_text("".join(f" = w{i} = \n\n = = w{i} = = \n{t}\n" for i, t in enumerate(texts, 3)))
+    else:
+        source = "someone/something"
+        install_datasets(monkeypatch, [{"text": text} for text in [*texts, " "]])
+    found = calibration(plain, str(source), **SIZES)
+    assert found.train.shape[1] == found.held_out.shape[1] == 32
+    assert len(found.held_out) == 2
+    assert 11 <= len(found.train) <= 14
+    kept, held = ({x for row in rows(w) for x in row} - {0, EOS} for w in (found.train, found.held_out))
+    assert kept
+    assert held
+    assert not kept & held
+
+
+def test_a_document_that_comes_twice_counts_once(plain, tmp_path):
+    texts = [words(20, seed=i) for i in range(30)]
+    once = calibration(plain, str(jsonl(tmp_path / "a.jsonl", texts)), **SIZES)
+    twice = calibration(plain, str(jsonl(tmp_path / "b.jsonl", texts + texts)), **SIZES)
+    assert torch.equal(once.train, twice.train)
+    assert not rows(once.train) & rows(once.held_out)
+
+
+def test_few_documents_are_split_by_windows(plain, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [words(300, seed=1), words(300, seed=2)])
+    found = calibration(plain, str(source), **SIZES)
+    assert (len(found.train), len(found.held_out)) == (14, 2)
+    assert not rows(found.train) & rows(found.held_out)
+
+
+@pytest.mark.parametrize("count", [64, 100, 320])
+def test_a_short_text_gives_what_there_is(plain, tmp_path, count):
+    (tmp_path / "a.txt").write_text(words(count))
+    found = calibration(plain, str(tmp_path / "a.txt"), **SIZES)
+    assert len(found.train) + len(found.held_out) == count // 32
+    assert len(found.held_out) == 1
+
+
+def test_long_words_do_not_make_a_long_text_short(make, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(word + " " * 100 for word in words(600).split()))
+    found = calibration(make(bos=False), str(tmp_path / "a.txt"), **SIZES)
+    assert len(found.train) == 14
+
+
+def test_the_seed_orders_the_documents(plain, tmp_path):
+    source = str(jsonl(tmp_path / "a.jsonl", [words(20, seed=i) for i in range(60)]))
+    first, again, other = (calibration(plain, source, **SIZES | {"seed": seed}) for seed in (0, 0, 1))
+    assert torch.equal(first.train, again.train)
+    assert torch.equal(first.held_out, again.held_out)
+    assert not torch.equal(first.train, other.train)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_start_and_end_tokens_are_where_the_tokenizer_wants_them(make, tmp_path, bos, eos):
+    texts = [words(40, seed=i) for i in range(4)]
+    windows = check_windows(make(bos=bos, eos=eos), jsonl(tmp_path / "a.jsonl", texts), length=32, limit=9)
+    joined = ids(texts[0])
+    for text in texts[1:]:
+        joined += [EOS] * eos + ids(text)
+    assert (windows[:, 0] == BOS).all() == bos
+    assert (windows[:, 1:] != BOS).all()
+    body = windows[:, bos:].flatten().tolist()
+    assert body == joined[: len(body)]
+    assert len(windows) == len(joined) // (32 - bos)
+
+
+def test_check_windows_stops_at_its_limit_and_at_the_models_positions(plain, tmp_path):
+    (tmp_path / "a.txt").write_text(words(600))
+    windows = check_windows(plain, tmp_path / "a.txt", length=500, limit=3)
+    assert windows.shape == (3, pico.POSITIONS)
+
+
+@pytest.mark.parametrize("tokenizer", [{}, {"bos": False}, {"bos": True}])
+def test_the_model_writes_its_own_text(make, tokenizer):
+    checkpoint, state = make(**tokenizer), torch.get_rng_state()
+    told: list[tuple[str, int, int]] = []
+    sizes = {"samples": 20, "length": 24}
+    first = calibration(checkpoint, None, **sizes, seed=3, progress=lambda *a: told.append(a))
+    again, other = (calibration(checkpoint, None, **sizes, seed=seed) for seed in (3, 4))
+    assert (first.train.shape, first.held_out.shape) == ((18, 24), (2, 24))
+    assert first.origin == "text that the model wrote itself"
+    everything = torch.cat([first.train, first.held_out])
+    assert 0 <= everything.min() <= everything.max() < pico.VOCAB
+    assert len(rows(everything)) == 20
+    assert (everything[::2, 0] == BOS).all()
+    assert torch.equal(everything, torch.cat([again.train, again.held_out]))
+    assert not torch.equal(first.train, other.train)
+    assert torch.equal(state, torch.get_rng_state())
+    done = [d for _, d, _ in told]
+    assert done == sorted(done)
+    assert told[-1] == ("writing calibration text", 480, 480)
+
+
+def test_windows_go_on_from_openings(make):
+    found = calibration(make(bos=True), None, samples=8, length=32, seed=0)
+    # The tiny tokenizer knows no English: an opening is the start token and as many unknown words.
+    lengths = {len(opening.split()) for opening in OPENINGS}
+    for row in found.train[1::2].tolist():
+        assert row[0] == BOS
+        assert row[1 : 1 + min(lengths)] == [0] * min(lengths)
+
+
+@pytest.mark.parametrize("family", pico.PICO)
+def test_what_is_written_is_what_the_model_would_say(family, monkeypatch):
+    monkeypatch.setattr(torch, "multinomial", lambda odds, _, generator: odds.argmax(-1, keepdim=True))
+    model = pico.make_model(family, next(iter(pico.PICO[family])))
+    windows = torch.zeros(2, 32, dtype=torch.int64)
+    assert list(_write(model, windows, [[1], [7, 8, 9]], torch.Generator())) == list(range(1, 32))
+    with torch.no_grad():
+        likeliest = model(windows).logits.argmax(-1)
+    assert torch.equal(windows[0, 1:], likeliest[0, :-1])
+    assert torch.equal(windows[1, 3:], likeliest[1, 2:-1])
+    assert windows[1, :3].tolist() == [7, 8, 9]
+
+
+class DatasetsError(Exception):
+    """The package's own base of errors."""
+
+
+def install_datasets(monkeypatch, found):
+    """Stand in for the optional package: gives rows, or raises."""
+
+    def load_dataset(name, *, split, streaming):
+        assert (name, split, streaming) == ("someone/something", "train", True)
+        if isinstance(found, Exception):
+            raise found
+        return iter(found)
+
+    monkeypatch.setitem(
+        sys.modules,
+        "datasets",
+        SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=DatasetsError)),
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def test_of_a_long_data_set_only_the_head_is_read(plain, monkeypatch):
+    read = []
+
+    def endless():
+        while True:
+            read.append(None)
+            yield {"text": words(20, seed=len(read))}
+
+    install_datasets(monkeypatch, endless())
+    told = []
+    found = calibration(plain, "someone/something", **SIZES, progress=lambda *a: told.append(a))
+    assert (len(found.train), len(found.held_out)) == (14, 2)
+    assert len(read) < 200
+    assert told[-1][0] == "reading someone/something"
+    assert told[-1][1] == told[-1][2]
+
+
+BAD_FILES = {
+    "empty.txt": (b"", "is empty"),
+    "blank.txt": (b" \n\n", "is empty"),
+    "empty.jsonl": (b'{"text": ""}\n', "is empty"),
+    "latin.txt": (b"caf\xe9 ", "not UTF-8 text (byte 3)"),
+    "binary.txt": (b"w3\0w4", "is a binary file"),
+    "broken.jsonl": (b'{"text": "w3"}\n\n{"text": \n', "line 3 of "),
+    "list.jsonl": (b"[1]\n", "line 1 of "),
+    "keys.jsonl": (b'{"text": "w3"}\n{"body": "w3", "id": 7}\n', "has 'body', 'id'; the text must be under"),
+    "number.jsonl": (b'{"text": 3}\n', "has 'text'; the text must be under"),
+    "short.txt": (b"w3 " * 63, "has 63 tokens, and 2 windows of 32 need 64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_refused(plain, tmp_path, name):
+    content, said = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        calibration(plain, str(tmp_path / name), **SIZES)
+    assert said in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["/no/such.txt", "./such", "data/such.jsonl", "such", "~/no such/file"])
+def test_a_missing_file_is_refused(plain, source):
+    with pytest.raises(RecipeError, match=r"there is no file .*such"):
+        calibration(plain, source, **SIZES)
+
+
+def test_a_folder_is_refused(plain, tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+        calibration(plain, str(tmp_path), **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"samples": 1}, "samples is 1; at least 2"),
+        (
+            {"length": 15},
+            "windows of 15 tokens are too short to calibrate on; at least 16; tiny takes up to 64",
+        ),
+    ],
+)
+@pytest.mark.parametrize("source", [None, "x.txt"])
+def test_sizes_that_are_too_small_are_refused(plain, sizes, said, source):
+    with pytest.raises(RecipeError) as caught:
+        calibration(plain, source, **SIZES | sizes)
+    assert said in str(caught.value)
+
+
+def test_check_windows_refuses_too_little(plain, tmp_path):
+    (tmp_path / "a.txt").write_text(words(20))
+    with pytest.raises(RecipeError, match="has 20 tokens, and 1 windows of 32 need 32"):
+        check_windows(plain, tmp_path / "a.txt", length=32, limit=4)
+    with pytest.raises(RecipeError, match="0 windows are too few"):
+        check_windows(plain, tmp_path / "a.txt", length=32, limit=0)
+
+
+def test_a_text_needs_a_tokenizer(bare, tmp_path):
+    (tmp_path / "a.txt").write_text(words(600))
+    with pytest.raises(
+        CheckpointError, match="tiny has no tokenizer to read a calibration text with; name no text"
+    ):
+        calibration(bare, str(tmp_path / "a.txt"), **SIZES)
+
+
+def test_a_tokenizer_of_another_model_is_refused(make, tmp_path):
+    (tmp_path / "a.txt").write_text("w3 w99 " * 300)
+    with pytest.raises(CheckpointError, match="the tokenizer of tiny gives token 99, and the model has 96"):
+        calibration(make(words=120), str(tmp_path / "a.txt"), **SIZES)
+
+
+def test_a_broken_model_writes_nothing(make):
+    checkpoint = make()
+    broken = pico.make_model("llama", "gqa-tied")
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(torch.nan)
+    broken.save_pretrained(checkpoint.folder)
+    with pytest.raises(CheckpointError, match="logits are not numbers"):
+        calibration(open_folder(checkpoint.folder), None, **SIZES)
+
+
+def test_the_hub_is_not_asked_when_offline(plain):
+    with pytest.raises(
+        RecipeError, match="someone/something is no file here, and HF_HUB_OFFLINE is set; unset"
+    ):
+        calibration(plain, "someone/something", **SIZES)
+
+
+def test_the_hub_needs_a_package(plain, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError) as caught:
+        calibration(plain, "someone/something", **SIZES)
+    assert caught.value.hint == "pip install datasets"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            FileNotFoundError("no such\nthing"),
+            "cannot be read from the hub: no such thing; check the spelling",
+        ),
+        (DatasetsError("no such split"), "cannot be read from the hub: no such split"),
+        (ValueError("Config name is missing"), "cannot be read from the hub: Config name is missing"),
+        ([{"body": "w3"}], "row 1 of someone/something has 'body'; the text must be under"),
+        ([], "the data set someone/something is empty"),
+    ],
+)
+def test_a_bad_data_set_is_refused(plain, monkeypatch, found, said):
+    install_datasets(monkeypatch, found)
+    with pytest.raises(RecipeError) as caught:
+        calibration(plain, "someone/something", **SIZES)
+    assert said in str(caught.value)

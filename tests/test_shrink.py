@@ -1,0 +1,129 @@
+"""Shrinking gives plain checkpoints that stock transformers loads, and re-reading beats cutting."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pico
+import shrinking
+from dslm.checkpoint.reader import open_folder
+from dslm.plan import plan_shrink
+from dslm.shrink.down import shrink_checkpoint
+from dslm.shrink.fold import Stored
+from dslm.shrink.rebuild import rebuild
+from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.walk import Walk
+from growing import load, logits, off
+
+every_variant = pytest.mark.parametrize(("family", "variant"), pico.CASES, ids=pico.IDS)
+
+
+@every_variant
+def test_a_walk_is_the_stock_model_bit_for_bit(family, variant, tmp_path):
+    model = pico.make_model(family, variant)
+    walk = Walk(Stored(open_folder(pico.save(model, tmp_path))))
+    ids = pico.tokens(rows=3)
+    with torch.no_grad():
+        expected = model(ids).logits.double()
+    assert torch.equal(shrinking.rebuilt_logits(walk, ids), expected)
+
+
+@every_variant
+def test_every_axis_gives_a_plain_checkpoint(family, variant, tmp_path):
+    """Loads in stock transformers with nothing missing or left over, generates, and is what was walked."""
+    source = shrinking.make_source(tmp_path / "source", family, variant)
+    draw = random.Random(f"{family} {variant}")
+    ids, reached = pico.tokens(rows=2, length=18), []
+    for axis in shrinking.AXES:
+        target = shrinking.draw_smaller(source, axis, draw)
+        if target is None:
+            continue
+        reached.append(axis)
+        out = tmp_path / axis
+        done = shrinking.down(source, out, target)
+        small = open_folder(out)
+        assert small.sizes == target
+        model = load(out, torch.float32)
+        found = logits(model, ids)
+        assert torch.isfinite(found).all()
+        assert off(shrinking.rebuilt_logits(Walk(Stored(small)), ids), found) < 1e-5
+        assert model.generate(ids[:, :4], max_new_tokens=3, do_sample=False).shape == (2, 7)
+        assert done.parameters[1] == sum(p.numel() for p in model.parameters()) < done.parameters[0]
+        again = pico.save(model, tmp_path / f"{axis}-again")
+        assert off(found, logits(load(again, torch.float32), ids)) < 1e-6
+    assert {"ffn"} < set(reached)
+
+
+@pytest.mark.parametrize("axis", ["ffn", "kv_heads", "layers", "hidden"])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("llama", "gqa-tied"),
+        ("qwen3", "mha"),
+        ("olmo2", "mha"),
+        ("gemma2", "windows-softcaps"),
+        ("phi", "mha"),
+    ],
+)
+def test_re_reading_beats_cutting_on_other_tokens(family, variant, axis, tmp_path):
+    """On windows that neither fitted nor chose anything."""
+    source = shrinking.make_source(tmp_path / "source", family, variant)
+    target = shrinking.draw_smaller(source, axis, random.Random(axis))
+    if target is None:
+        pytest.skip(f"{family} cannot shrink {axis} alone")
+    found = {}
+    for method in ("slice", "reconstruct"):
+        plan = plan_shrink("tiny", source.family, source.config, target, method=method, samples=96, length=20)
+        shrink_checkpoint(source, plan, tmp_path / method, device="cpu")
+        ids = pico.tokens(5, rows=8, length=20)
+        teacher = torch.log_softmax(logits(load(source.folder, torch.float32), ids), -1)
+        student = torch.log_softmax(logits(load(tmp_path / method, torch.float32), ids), -1)
+        found[method] = float((teacher.exp() * (teacher - student)).sum(-1).mean())
+    assert found["reconstruct"] < found["slice"]
+
+
+def test_the_same_plan_gives_the_same_bytes(tmp_path):
+    source = shrinking.make_source(tmp_path / "source", "llama", "gqa-tied")
+    target = source.sizes.replace(intermediate_size=30, num_hidden_layers=2)
+    for name in ("one", "two"):
+        shrinking.down(source, tmp_path / name, target, seed=3)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (
+        tmp_path / "two/model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "one/dslm.json").read_text() == (tmp_path / "two/dslm.json").read_text()
+
+
+def test_a_slice_only_cuts(tmp_path):
+    """What the baseline keeps are numbers of the source, untouched."""
+    source = shrinking.make_source(tmp_path / "source", "llama", "mha")
+    target = source.sizes.replace(intermediate_size=20, num_attention_heads=2, num_key_value_heads=2)
+    shrinking.down(source, tmp_path / "out", target, method="slice")
+    before, after = (
+        load_file(source.folder / "model.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    for name, weight in after.items():
+        assert torch.isin(weight, before[name]).all(), name
+
+
+def test_dropped_layers_are_made_up_for_by_the_block_before_them(tmp_path):
+    """The target of a block before a gap is the stream behind the gap."""
+    source = shrinking.make_source(tmp_path / "source", "llama", "mha")
+    target = source.sizes.replace(num_hidden_layers=2)
+    errors = {}
+    for drift in (True, False):
+        found = rebuild(
+            Stored(source),
+            target,
+            (0, 2),
+            None,
+            shrinking.windows(fit=64),
+            tmp_path,
+            recipe=Recipe(drift=drift),
+        )
+        errors[drift] = found.errors[0]
+    assert errors[True] < 0.8 * errors[False]

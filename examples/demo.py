@@ -1,4 +1,4 @@
-"""The main job on a small real model, as a user would type it: describe, plan, grow, prove, generate.
+"""The main job on a small real model, as a user would type it: describe, plan, grow, prove, shrink, generate.
 
 Run by ``make demo``. Needs no network: SmolLM2-135M comes from a package. Everything is written below
 ``demo-output`` and can be deleted.
@@ -44,8 +44,31 @@ STEPS = [
         "Padding adds heads and units that are silent until they are trained:",
         ["up", MODEL, "-o", f"{OUT}/padded", "--params", "200M", "--method", "padding", "--overwrite"],
     ),
+    (
+        "Back again: what growing made redundant is found in the weights alone and goes without loss:",
+        ["down", f"{OUT}/double", "-o", f"{OUT}/back", "--like", MODEL, "--overwrite"],
+    ),
+    ("Is it the source?", ["diff", MODEL, f"{OUT}/back", "--no-liveness"]),
+    (
+        "Smaller than the source: an eighth of the FFN goes, and least squares makes up for it. With so little text, "
+        "which the model writes itself, this shows how it works and not how good it gets:",
+        [
+            "down",
+            MODEL,
+            "-o",
+            f"{OUT}/smaller",
+            "--intermediate-size",
+            "1344",
+            "--samples",
+            "8",
+            "--sequence-length",
+            "256",
+            "--overwrite",
+        ],
+    ),
     ("They talk. The source:", ["gen", MODEL, "--temperature", "0", "-n", "24", "-q"]),
     ("The model of twice the width:", ["gen", f"{OUT}/double", "--temperature", "0", "-n", "24", "-q"]),
+    ("The smaller one:", ["gen", f"{OUT}/smaller", "--temperature", "0", "-n", "24", "-q"]),
     ("The padded one:", ["gen", f"{OUT}/padded", "--temperature", "0", "-n", "24", "-q"]),
 ]
 

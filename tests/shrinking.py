@@ -21,7 +21,8 @@ AXES = ("ffn", "heads", "kv_heads", "layers", "hidden", "all")
 def windows(fit: int = 24, held_out: int = 6, check: int = 2, length: int = 20, seed: int = 0) -> Windows:
     """Random tokens."""
     ids = pico.tokens(seed, rows=fit + held_out + check, length=length)
-    return Windows(*ids.split([fit, held_out, check]))
+    first, second, third = ids.split([fit, held_out, check])
+    return Windows(first, second, {"check": third})
 
 
 def make_source(folder: Path, family: str, variant: str, **options) -> Checkpoint:

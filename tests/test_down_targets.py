@@ -338,13 +338,13 @@ EDITS = {
     "no method": ("  intermediate_size: reconstruct\n", "", "None"),
     "two methods": ("num_hidden_layers: reconstruct", "num_hidden_layers: slice", "different methods"),
     "dtype": ("dtype: null", "dtype: BF16", "BF16"),
-    "samples": ("samples: 256", "samples: 1", "samples is 1"),
-    "samples a word": ("samples: 256", "samples: many", "samples of calibration is 'many'"),
-    "samples a truth": ("samples: 256", "samples: true", "samples of calibration is True"),
+    "samples": ("samples: 64", "samples: 1", "samples is 1"),
+    "samples a word": ("samples: 64", "samples: many", "samples of calibration is 'many'"),
+    "samples a truth": ("samples: 64", "samples: true", "samples of calibration is True"),
     "text a number": ("text: null", "text: 3", "text of calibration is 3"),
     "unknown key": ("  length: 512", "  width: 512", "calibration must have"),
     "calibration a word": (
-        "calibration:\n  text: null\n  samples: 256\n  length: 512", "calibration: wiki", "calibration"
+        "calibration:\n  text: null\n  samples: 64\n  length: 512\n  refine: 0", "calibration: wiki", "calibration"
     ),
     "other model": ("family: llama", "family: qwen2", "another model"),
 }  # fmt: skip
@@ -384,12 +384,12 @@ def test_the_command_and_the_card_of_a_shrink():
     )
     assert command_of(plan) == (
         "dslm down m --intermediate-size 1024 --num-hidden-layers 20 --untie --method reconstruct "
-        "--calibration wiki.txt --samples 256 --sequence-length 512 --seed 3"
+        "--calibration wiki.txt --samples 64 --sequence-length 512 --seed 3"
     )
     assert "--calibration" not in command_of(shrink(SMOLLM2, intermediate_size=1024))
     card = render_card("small", plan, (200, 100), {}, {}, {"perplexity": 3.25})
     assert "least squares towards the sliced weights, see how-it-works" in card
-    assert "Calibration: wiki.txt, 256 windows of 512 tokens. Seed: 3." in card
+    assert "Calibration: wiki.txt, 64 windows of 512 tokens. Seed: 3." in card
     assert "/home/me" not in card + without_places(plan).to_yaml()
     assert "Split" not in card
     sliced = render_card("small", shrink(SMOLLM2, intermediate_size=1024, method="slice"), (2, 1), {}, {}, {})

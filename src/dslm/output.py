@@ -144,7 +144,7 @@ def _write_record(
         "plan": without_places(plan).as_dict(),
         "parameters": {"before": before, "after": after},
         "measured": dict(measured),
-        "source": {"headers_sha256": _headers_hash(source)},
+        "source": {"headers_sha256": headers_hash(source)},
         "versions": {
             name: metadata.version(name) for name in ("dslm", "torch", "transformers", "safetensors")
         },
@@ -152,7 +152,7 @@ def _write_record(
     writer.add_text("dslm.json", json.dumps(record, indent=2) + "\n")
 
 
-def _headers_hash(source: Checkpoint) -> str:
+def headers_hash(source: Checkpoint) -> str:
     """Fingerprint of what the source holds and where, without reading its weights."""
     listing = [(e.name, e.dtype, e.shape, e.start, e.stop) for e in source.entries.values()]
     return hashlib.sha256(json.dumps(sorted(listing)).encode()).hexdigest()

@@ -38,7 +38,7 @@ class Plan:
         seed: of all randomness.
         dtype: safetensors code of the output's weights, or None to keep each tensor's.
         calibration: what a shrink is fitted on: ``text`` (a file, a data set on the hub, or None: the model writes it),
-            ``samples`` (windows) and ``length`` (tokens in each). None for a growth.
+            ``samples`` (windows), ``length`` (tokens in each) and ``refine`` (steps). None for a growth.
     """
 
     model: str
@@ -166,8 +166,9 @@ def plan_shrink(
     *,
     method: str = "reconstruct",
     text: str | None = None,
-    samples: int = 256,
+    samples: int = 64,
     length: int = 512,
+    refine: int = 0,
     seed: int = 0,
 ) -> Plan:
     """Resolve and check a shrink.
@@ -181,6 +182,7 @@ def plan_shrink(
         text: calibration text: a file, or a data set on the hub; None: the model writes it.
         samples: windows of calibration text.
         length: tokens in a window.
+        refine: optimiser steps on each block after the closed form.
         seed: of all randomness, not negative.
 
     Raises:
@@ -195,7 +197,7 @@ def plan_shrink(
         target=target,
         methods=dict.fromkeys(_dimensions_to_shrink(source, target), method),
         seed=seed,
-        calibration={"text": text, "samples": samples, "length": length},
+        calibration={"text": text, "samples": samples, "length": length, "refine": refine},
     )
     check_plan(plan, family, config)
     return plan

@@ -42,6 +42,8 @@ def command_of(plan: Plan) -> str:
             words.append(f"--calibration {shlex.quote(calibration_name(plan.calibration['text']))}")
         words.append(f"--samples {plan.calibration['samples']}")
         words.append(f"--sequence-length {plan.calibration['length']}")
+        if plan.calibration["refine"]:
+            words.append(f"--refine {plan.calibration['refine']}")
     words.append(f"--seed {plan.seed}")
     if plan.dtype is not None:
         words.append(f"--dtype {DTYPE_NAMES[plan.dtype]}")

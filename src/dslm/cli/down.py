@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from dslm.cli.sizes import (
 from dslm.errors import RecipeError
 from dslm.load import DEVICES
 from dslm.plan import SHRINK_METHODS, SHRUNK, Plan, check_plan, plan_shrink
+from dslm.report.shapes import SHAPE_HEADER, perplexity, shape_facts, shape_rows
 from dslm.report.tables import columns_table
 from dslm.sizes import Sizes, count_parameters
 from dslm.targets import parse_count
@@ -32,8 +32,10 @@ from dslm.targets_down import divided, like_smaller, parse_divisor, parse_share,
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
     from dslm.shrink.down import Shrunk
+    from dslm.shrink.search import Scored
 
 _WORST = 3  # blocks shown with the largest error
+_SHOWN = 8  # shapes of a search
 
 
 @click.command(short_help="Shrink a model.")
@@ -55,6 +57,14 @@ _WORST = 3  # blocks shown with the largest error
 @size_options(SHRUNK)
 @click.option("--params", metavar="COUNT", help="Shrink to about this many parameters: 100M.")
 @click.option("--keep-ratio", metavar="SHARE", help="Keep about this share of the parameters: 0.8.")
+@click.option(
+    "--search",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="With --params or --keep-ratio: how many shapes to build and measure; 0 takes the first of dslm plan.",
+)
 @click.option("--like", "like_model", metavar="MODEL", help="Shrink to the shape of another model.")
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Do what a plan file says."
@@ -74,11 +84,19 @@ _WORST = 3  # blocks shown with the largest error
 @click.option(
     "--samples",
     type=int,
-    default=256,
+    default=64,
     show_default=True,
     help="Windows of calibration text; some are held out.",
 )
 @click.option("--sequence-length", type=int, default=512, show_default=True, help="Tokens in a window.")
+@click.option(
+    "--refine",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="STEPS",
+    help="Optimiser steps on each block after the closed form.",
+)
 @click.option(
     "--check",
     type=click.Path(path_type=Path),
@@ -117,8 +135,12 @@ def command(
     """
     if plan_file is not None:
         refuse_beside_plan(click.get_current_context(), FREE_BESIDE_PLAN | {"check", "device"})
-    source = open_model(model, weights=not dry_run, quiet=quiet)
-    plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, options)
+    source = open_model(model, weights=not dry_run or options["search"] > 0, quiet=quiet)
+    shapes: list[Scored] = []
+    if options["search"]:
+        _check_search(source, options, None if dry_run else output, overwrite=overwrite)
+        shapes = _search(source, options, device, quiet=quiet)
+    plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, options, shapes)
     if not plan.shrinks:
         raise RecipeError(f"{plan_file} is a plan to grow", "give it to dslm up")
     plan = replace(plan, model=recorded_name(model, source))
@@ -128,6 +150,11 @@ def command(
             "nothing to shrink: the target is the source", "give -edd, -upd, a size, --params or --keep-ratio"
         )
     facts = change_facts(source, plan) | {"seed": plan.seed, "calibration": plan.calibration}
+    if shapes:
+        facts["shapes"] = [shape_facts(shape) for shape in shapes]
+    if shapes and not as_json:
+        rows = shape_rows(shapes[:_SHOWN], _wanted(source, options))
+        console().print("perplexity of legal shapes\n", columns_table(SHAPE_HEADER, rows), "", sep="\n")
     if dry_run:
         _report(facts | {"output": None}, as_json)
         return
@@ -141,8 +168,55 @@ def command(
     _report(facts | _measured(done) | {"output": str(out)}, as_json)
 
 
-def _plan(source: Checkpoint, options: dict[str, Any]) -> Plan:
+def _check_search(
+    source: Checkpoint, options: dict[str, Any], output: Path | None, *, overwrite: bool
+) -> None:
+    """Refuse what cannot be before a long search.
+
+    Raises:
+        RecipeError: the size was asked for in another way, or in two.
+        SizeError: there is no such shape.
+        CheckpointError: the output place is not usable.
+    """
     target = target_sizes(source, options)
+    if options["params"] is None and options["keep_ratio"] is None:
+        raise RecipeError("--search has nothing to choose from", "give --params or --keep-ratio with it")
+    if output is not None:
+        from dslm.output import check_place, planned
+
+        tensors = planned(source, target.into_config(source.family, source.config), None)
+        check_place(source, tensors, output, overwrite=overwrite)
+
+
+def _search(source: Checkpoint, options: dict[str, Any], device: str, *, quiet: bool) -> list[Scored]:
+    """Shapes near the number of parameters that was asked for, the best of those that were built first."""
+    from dslm.shrink.fold import Stored
+    from dslm.shrink.reconstruct import Recipe
+    from dslm.shrink.search import read_windows, search
+
+    with progress_bar(quiet=quiet) as progress:
+        windows = read_windows(
+            source,
+            options["calibration"],
+            samples=options["samples"],
+            length=options["sequence_length"],
+            seed=options["seed"],
+            progress=progress,
+        )
+        return search(
+            Stored(source),
+            _wanted(source, options),
+            windows,
+            build=options["search"],
+            untie=options["untie"],
+            recipe=Recipe(solve=options["method"] != "slice"),
+            device=device,
+            progress=progress,
+        )
+
+
+def _plan(source: Checkpoint, options: dict[str, Any], shapes: list[Scored]) -> Plan:
+    target = shapes[0].sizes if shapes else target_sizes(source, options)
     return plan_shrink(
         source.name,
         source.family,
@@ -152,6 +226,7 @@ def _plan(source: Checkpoint, options: dict[str, Any]) -> Plan:
         text=options["calibration"],
         samples=options["samples"],
         length=options["sequence_length"],
+        refine=options["refine"],
         seed=options["seed"],
     )
 
@@ -195,7 +270,7 @@ def _measured(done: Shrunk) -> dict[str, Any]:
     losses = {
         text: {
             "loss": {"before": before, "after": after},
-            "perplexity": {"before": _perplexity(before), "after": _perplexity(after)},
+            "perplexity": {"before": perplexity(before), "after": perplexity(after)},
         }
         for text, (before, after) in done.losses.items()
     }
@@ -209,10 +284,6 @@ def _measured(done: Shrunk) -> dict[str, Any]:
         "origin": done.origin,
         "seconds": done.seconds,
     }
-
-
-def _perplexity(loss: float) -> float:
-    return exp(loss) if loss < 700 else float("inf")
 
 
 def _report(facts: dict[str, Any], as_json: bool) -> None:

@@ -112,8 +112,8 @@ def shrink_checkpoint(
     final = plan.target.into_config(source.family, source.config)
     check_place(source, planned(source, final, plan.dtype), out, overwrite=overwrite)
     reduced = exact_stage(Stored(source), plan.target, progress=progress)
-    out.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.resolve().parent) as scratch:
+    beside = next(parent for parent in out.resolve().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=beside) as scratch:
         smaller = _approximate(source, reduced.weights, plan, check, Path(scratch), device, progress)
         config = with_dtype(smaller.weights.config, plan.dtype)
         measured = _figures(reduced.removed, smaller)
@@ -175,17 +175,17 @@ def _approximate(
         seed=plan.seed,
         progress=progress,
     )
-    length = text.train.shape[1]
-    empty = text.train[:0]
-    read = check_windows(source, check, length=length, limit=CHECK_WINDOWS) if check is not None else empty
-    windows = Windows(text.train, text.held_out, read)
+    length, checks = text.train.shape[1], {}
+    if check is not None:
+        checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
+    windows = Windows(text.train, text.held_out, checks)
     where = pick_device(device)
     walk = Walk(weights, where)
     layers = choose_layers(walk, few(text.train), target.num_hidden_layers, progress)
     stream = None
     if before.hidden_size != target.hidden_size:
         stream = choose_stream(walk, few(text.train), target.hidden_size, progress)
-    recipe = Recipe(solve="slice" not in plan.methods.values())
+    recipe = Recipe(solve="slice" not in plan.methods.values(), refine=asked["refine"])
     found = rebuild(
         weights, target, layers, stream, windows, folder, recipe=recipe, device=where, progress=progress
     )
@@ -196,8 +196,8 @@ def _figures(removed: Mapping[str, int], smaller: _Smaller) -> dict[str, float |
     """What the card and the record say was measured."""
     figures: dict[str, float | int | str] = {f"{word} removed without loss": n for word, n in removed.items()}
     for text, (before, after) in smaller.losses.items():
-        figures[f"perplexity on the {text} text, before"] = math.exp(before)
-        figures[f"perplexity on the {text} text, after"] = math.exp(after)
+        for when, loss in (("before", before), ("after", after)):
+            figures[f"perplexity on the {text} text, {when}"] = math.exp(loss) if loss < 700 else "infinite"
     if smaller.tokens:
         figures["tokens fitted on"] = smaller.tokens
     return figures

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dslm.errors import CheckpointError
 from dslm.families import Family
 from dslm.shrink.fold import Fold, Folded, Key, Weights
 from dslm.shrink.head import fit_head
@@ -32,17 +33,17 @@ class Windows:
     Attributes:
         fit: what is fitted on.
         held_out: what chooses between candidates, and is reported.
-        check: another text that is only reported; it may be empty.
+        checks: other texts that are only reported, by what to call them.
     """
 
     fit: Tensor
     held_out: Tensor
-    check: Tensor
+    checks: Mapping[str, Tensor]
 
     @property
     def all(self) -> Tensor:
         """Every window, in this order."""
-        return torch.cat([self.fit, self.held_out, self.check])
+        return torch.cat([self.fit, self.held_out, *self.checks.values()])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +96,12 @@ class _Run:
         if not tensors:
             return
         path = self.folder / f"{label}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        except SafetensorError as error:  # what it says of a full disk too
+            raise CheckpointError(
+                f"cannot write into {self.folder.parent}: {error}", "free some space and try again"
+            ) from error
         self.files.update(dict.fromkeys(tensors, path))
 
 
@@ -160,18 +166,16 @@ def _stored(stream: Tensor, folder: Path, name: str) -> Tensor:
 
 
 def _losses(run: _Run, windows: Windows) -> dict[str, tuple[float, float]]:
-    """Mean cross-entropy of both models on the held-out and the check windows."""
-    start = len(windows.fit)
-    parts = {
-        "held-out": (windows.held_out, slice(start, start + len(windows.held_out))),
-        "check": (windows.check, slice(start + len(windows.held_out), None)),
-    }
+    """Mean cross-entropy of both models on the held-out windows and on each text to check."""
+    parts, start = {}, len(windows.fit)
+    for label, ids in {"held-out": windows.held_out, **windows.checks}.items():
+        parts[label] = ids, slice(start, start + len(ids))
+        start += len(ids)
     found: dict[str, list[float]] = {}
     for walk, stream in ((run.teacher, run.streams.teacher), (run.student, run.streams.student)):
         with walk.head() as logits:
             for label, (ids, where) in parts.items():
-                if len(ids):
-                    found.setdefault(label, []).append(mean_loss(logits, stream[where], ids, walk.device))
+                found.setdefault(label, []).append(mean_loss(logits, stream[where], ids, walk.device))
     return {label: (pair[0], pair[1]) for label, pair in found.items()}
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dslm.shrink.fold import Fold, Key, axis_fold
+from dslm.shrink.refine import refine
 from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
-from dslm.shrink.solve import RIDGES, Moments, Solution, solve, sum_over_processes
+from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
 from dslm.shrink.streams import batches
-from dslm.shrink.tap import Anatomy, Stage, anatomy, tap
+from dslm.shrink.tap import Anatomy, Stage, anatomy, tap, watch
 from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
 
@@ -35,6 +36,7 @@ class Recipe:
         drift: let writers aim at the teacher's stream, and not only at what its block adds.
         weigh_tokens: weight each token by one over the mean square of the stream.
         ridges: strengths that are tried.
+        refine: optimiser steps on each block after the closed form.
     """
 
     solve: bool = True
@@ -42,6 +44,7 @@ class Recipe:
     drift: bool = True
     weigh_tokens: bool = True
     ridges: tuple[float, ...] = RIDGES
+    refine: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +92,6 @@ class Rebuilder:
         target: the student's sizes.
         recipe: how blocks are rebuilt.
         errors: relative squared error of the student's stream after each block, on held-out windows.
-        solutions: what was found for each matrix.
     """
 
     teacher: Walk
@@ -99,7 +101,6 @@ class Rebuilder:
     target: Sizes
     recipe: Recipe
     errors: list[float] = field(default_factory=list)
-    solutions: dict[str, Solution] = field(default_factory=dict)
 
     def block(self, layer: int, origin: int, until: int, streams: Streams) -> dict[str, Tensor]:
         """Rebuild one block and move both streams past it.
@@ -125,6 +126,8 @@ class Rebuilder:
             if self.recipe.solve:
                 for stage in shape.stages:
                     self._stage(stage, shape, layer, origin, streams)
+            if self.recipe.refine:
+                self._refine(layer, streams)
             self._move_on(layer, streams)
             names = [n for n, place in self.student.places.items() if place.line.layer == layer]
             return {name: self.student.get(name).cpu() for name in names}
@@ -137,12 +140,13 @@ class Rebuilder:
         powers: dict[str, Tensor] = {}
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
-            streams.ahead[windows] = self.teacher.run(origin, hidden).cpu()
-            if windows.start < streams.fit and (units_change or heads_change):
-                for name, x_NX in tap(self.teacher, origin, hidden, inputs=shape.writers).items():
-                    is_heads = "head_dim" in self._axis_words(name)
-                    found = x_NX.T @ x_NX if is_heads else x_NX.square().sum(dim=0)
-                    powers[name] = powers.get(name, 0.0) + found.double()
+            choosing = windows.start < streams.fit and (units_change or heads_change)
+            out, seen = watch(self.teacher, origin, hidden, shape.writers if choosing else ())
+            streams.ahead[windows] = out.cpu()
+            for name, x_NX in seen.items():
+                is_heads = "head_dim" in self._axis_words(name)
+                found = x_NX.T @ x_NX if is_heads else x_NX.square().sum(dim=0)
+                powers[name] = powers.get(name, 0.0) + found.double()
         tokens = float(sum_over_processes(torch.tensor(float(streams.fit * streams.teacher.shape[1]))))
         for name, power in powers.items():
             sum_over_processes(power)
@@ -255,12 +259,24 @@ class Rebuilder:
             start = stop
         found = solve(moments[True], moments[False], prior_YX, parts, ridges=self.recipe.ridges)
         for name, solution in found.items():
-            self.solutions[name] = solution
             weight_YX = solution.weight_YX
             if bias := _bias(self.student, name):
                 self.student.put(bias, weight_YX[:, -1].clone())
                 weight_YX = weight_YX[:, :-1]
             self.student.put(name, weight_YX.contiguous())
+
+    def _refine(self, layer: int, streams: Streams) -> None:
+        """Train the block a little towards where the teacher's stream goes."""
+        refine(
+            self.student,
+            layer,
+            streams.student,
+            lambda windows: self._encoded(streams.ahead[windows]),
+            streams.fit,
+            range(streams.fit, streams.fit + streams.held_out),
+            steps=self.recipe.refine,
+            seed=layer,
+        )
 
     def _move_on(self, layer: int, streams: Streams) -> None:
         """Move both streams past the block and note how far apart they are."""

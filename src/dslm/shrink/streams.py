@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def empty_stream(windows: int, length: int, width: int, folder: Path, name: str)
     count = windows * length * width
     if count * 4 <= IN_MEMORY:
         return torch.empty(windows, length, width)
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later it would kill the process
+        with (folder / name).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, count * 4)
     flat = torch.from_file(str(folder / name), shared=True, size=count, dtype=torch.float32)
     return flat.view(windows, length, width)
 

@@ -86,6 +86,27 @@ def writes_stream(walk: Walk, name: str) -> bool:
     return axis.role is Role.WRITE and "hidden" in axis.dimensions
 
 
+def watch(
+    walk: Walk, layer: int, hidden_BTD: Tensor, names: Collection[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a loaded block to its end, and keep what some of its matrices read.
+
+    Returns:
+        The block's output, and ``[B * T, X]`` for each name.
+    """
+    found: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(_on_input(found, name, -1))
+        for module, name in walk.linears(layer).items()
+        if name in names
+    ]
+    try:
+        return walk.run(layer, hidden_BTD), found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def tap(
     walk: Walk, layer: int, hidden_BTD: Tensor, *, inputs: Collection[str] = (), outputs: Collection[str] = ()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dslm.errors import CheckpointError
+from dslm.errors import CheckpointError, VerificationError
 from dslm.families import Tensor as TableTensor
 from dslm.shrink.fold import Weights
 
@@ -113,7 +113,21 @@ class Walk:
 
     @torch.no_grad()
     def run(self, layer: int, hidden_BTD: Tensor) -> Tensor:
-        """What a loaded block makes of the stream; `embed` must have seen windows of this length."""
+        """What a loaded block makes of the stream; `embed` must have seen windows of this length.
+
+        Raises:
+            VerificationError: it holds NaN or infinite numbers.
+        """
+        result = self.forward(layer, hidden_BTD)
+        if not torch.isfinite(result).all():
+            raise VerificationError(
+                f"what block {layer} writes is NaN or infinite",
+                "the model is broken there; check it with dslm diff",
+            )
+        return result
+
+    def forward(self, layer: int, hidden_BTD: Tensor) -> Tensor:
+        """The same as `run`, unchecked, and with gradients where they are wanted."""
         args, kwargs = self._arguments[hidden_BTD.shape[1]][layer]
         out = self.blocks[layer](hidden_BTD, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out

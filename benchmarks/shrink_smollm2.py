@@ -1,0 +1,133 @@
+"""Shrinking SmolLM2-135M: perplexity after, on held-out articles and on a second corpus, next to what others cut.
+
+Run: ``python benchmarks/shrink_smollm2.py --text wiki.txt --second other.txt [--keep 0.85] [--methods slice]``.
+
+The text is split by article (lines like `` = Title = ``): the first 40 % are for evaluation, calibration windows come
+from the rest, never from the same article. The second corpus is only evaluated on. Windows of 1024 tokens without
+overlap and without special tokens, float32, mean over predicted tokens; both models see the same windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from dslm.checkpoint.source import open_checkpoint
+from dslm.load import load_tokenizer
+from dslm.shrink import reconstruct
+from dslm.shrink.fold import Stored
+from dslm.shrink.rebuild import Windows, rebuild
+from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.survey import choose_layers, few
+from dslm.shrink.walk import Walk
+from dslm.sizes import count_parameters
+from dslm.targets_down import shrink_candidates
+from measure import save
+
+LENGTH = 1024
+RECIPES = {
+    "slice": Recipe(solve=False),
+    "magnitude": Recipe(solve=False),
+    "layers": Recipe(solve=False),
+    "reconstruct": Recipe(),
+    "refine": Recipe(refine=100),
+    "no_readers": Recipe(readers=False),
+    "no_drift": Recipe(drift=False),
+    "no_token_weights": Recipe(weigh_tokens=False),
+}
+
+
+def articles(path: Path) -> list[str]:
+    """The articles of a WikiText file."""
+    pieces = re.split(r"(?m)^(?= = [^=\n]+ = \n)", path.read_text(encoding="utf-8"))
+    return [piece for piece in pieces if piece.startswith(" = ")]
+
+
+def cut(tokenizer, text: str, count: int, seed: int) -> torch.Tensor:
+    """So many windows of a text, drawn at random."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count]]
+
+
+def target_of(source, share: float, method: str):
+    """The shape that ``dslm down --keep-ratio`` takes; for ``layers`` one of the same size with fewer layers only."""
+    now = count_parameters(source.family, source.config)["total"]
+    found = shrink_candidates(source.family, source.config, round(share * now), count=200)
+    if method != "layers":
+        return found[0].sizes
+    per_layer = (now - source.sizes.hidden_size * source.sizes.vocab_size) / source.sizes.num_hidden_layers
+    return source.sizes.replace(
+        num_hidden_layers=source.sizes.num_hidden_layers - round((now - found[0].parameters) / per_layer)
+    )
+
+
+def main() -> None:
+    """Measure and save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--second", type=Path, required=True)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.85, 0.7, 0.5])
+    parser.add_argument("--methods", nargs="+", choices=RECIPES, default=["slice", "reconstruct"])
+    parser.add_argument("--windows", type=int, default=32, help="calibration windows to fit on")
+    parser.add_argument("--evaluate", type=int, default=12, help="windows of each text to evaluate on")
+    parser.add_argument("--name", default="shrink_smollm2", help="of the result")
+    asked = parser.parse_args()
+    source = open_checkpoint("demo:smollm2-135m")
+    tokenizer = load_tokenizer(source)
+    whole = articles(asked.text)
+    first = int(0.4 * len(whole))
+    calibration = cut(tokenizer, "".join(whole[first:]), asked.windows + 4, seed=0)
+    checks = {
+        "articles": cut(tokenizer, "".join(whole[:first]), asked.evaluate, seed=1),
+        "second": cut(tokenizer, asked.second.read_text(encoding="utf-8"), asked.evaluate, seed=1),
+    }
+    windows = Windows(calibration[4:], calibration[:4], checks)
+    layers: dict[int, tuple[int, ...]] = {}
+    rows = []
+    for share in asked.keep:
+        for method in asked.methods:
+            target = target_of(source, share, method)
+            count = target.num_hidden_layers
+            if count not in layers:
+                layers[count] = choose_layers(Walk(Stored(source)), few(windows.fit), count)
+            begin = time.perf_counter()
+            scores = (lambda power, writer: writer.norm(dim=0)) if method == "magnitude" else None
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                mock.patch.object(reconstruct, "unit_scores", scores or reconstruct.unit_scores),
+            ):
+                recipe = RECIPES[method]
+                found = rebuild(
+                    Stored(source), target, layers[count], None, windows, Path(folder), recipe=recipe
+                )
+            rows.append(
+                {
+                    "keep": share,
+                    "method": method,
+                    "parameters": count_parameters(
+                        source.family, target.into_config(source.family, source.config)
+                    )["total"],
+                    "layers_kept": layers[count],
+                    "intermediate_size": target.intermediate_size,
+                    "perplexity": {
+                        text: [math.exp(loss) for loss in pair] for text, pair in found.losses.items()
+                    },
+                    "seconds": time.perf_counter() - begin,
+                }
+            )
+            print(rows[-1], flush=True)
+    tokens = {"fit": windows.fit.numel(), "held_out": windows.held_out.numel()}
+    save(asked.name, {"tokens": tokens, "evaluation_windows": asked.evaluate, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

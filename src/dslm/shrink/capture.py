@@ -1,0 +1,298 @@
+"""What single cuts cost a model: runs of layers left out, units and heads silenced in every block, a narrower stream.
+
+Shape letters: B windows, T tokens, N tokens of all windows, X input features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dslm.checkpoint.gguf import cache_folder
+from dslm.errors import VerificationError
+from dslm.load import pick_device
+from dslm.output import headers_hash
+from dslm.plan_shrink import layers_can_go, stream_can_shrink
+from dslm.shrink.fold import Fold, Folded, Key, Stored, axis_fold
+from dslm.shrink.rebuild import Progress, Windows, mean_loss
+from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
+from dslm.shrink.survey import choose_stream, few, removal_losses
+from dslm.shrink.tap import tap, writes_stream
+from dslm.shrink.walk import Walk
+from dslm.sizes import Sizes, is_legal
+
+AXES = ("layers", "units", "kv_groups", "group_heads", "stream")
+"""What can be cut."""
+
+Points = tuple[tuple[float, float], ...]
+"""Shares of an axis that are cut, rising, and what each costs in nats per token."""
+
+_WINDOWS, _TOKENS = 2, 256  # of the held-out ones: damages are differences on the same tokens, which need few
+_STREAM_AT_ONCE, _STREAM = 1.35, 1.0  # the static damage of `dslm.targets_down`, where it cannot be measured
+_LEAST, _MOST = 1e-4, 100.0  # nats: a cut that seems to do good is noise; one that overflows is hopeless
+_DEPTHS = (0.0, 0.1, 0.2, 1 / 3, 0.5, 0.75)  # shares of the layers that are left out; at least one layer
+_KEPT = {
+    "units": (0.95, 0.9, 0.75, 0.5, 0.25, 0.1),
+    "heads": (0.9, 0.75, 0.5, 0.25),
+    "stream": (0.9, 0.75, 0.5, 0.25),
+}
+_FORMAT = 1  # of the cache; raised when a capture measures something else
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What cuts cost a model, without compensation.
+
+    Attributes:
+        sizes: the model's sizes.
+        base: its loss in nats per token.
+        damages: axis -> measured points; an axis that cannot be cut has none.
+    """
+
+    sizes: Sizes
+    base: float
+    damages: Mapping[str, Points]
+
+
+def shares_cut(before: Sizes, after: Sizes) -> dict[str, float]:
+    """The share of each axis that is gone between two sizes."""
+    groups = [sizes.num_attention_heads / sizes.num_key_value_heads for sizes in (before, after)]
+    return {
+        "layers": 1 - after.num_hidden_layers / before.num_hidden_layers,
+        "units": 1 - after.intermediate_size / before.intermediate_size,
+        "kv_groups": 1 - after.num_key_value_heads / before.num_key_value_heads,
+        "group_heads": 1 - groups[1] / groups[0],
+        "stream": 1 - after.hidden_size / before.hidden_size,
+    }
+
+
+def damage(points: Points, share: float) -> float:
+    """Damage of cutting a share of an axis: a power law between measured points, at least linear beyond them."""
+    if share <= 0:
+        return 0.0
+    if not points:
+        return math.inf
+    shares = [x for x, _ in points]
+    above = min(max(1, sum(x < share for x in shares)), len(points) - 1)
+    slope = 2.0  # of a single point
+    if len(points) > 1:
+        (x0, y0), (x1, y1) = points[above - 1], points[above]
+        slope = math.log(y1 / y0) / math.log(x1 / x0)
+    if not shares[0] <= share <= shares[-1]:
+        slope = max(1.0, slope)
+    x, y = points[-1] if share > shares[-1] else points[max(0, above - 1)]
+    return y * float((share / x) ** slope)
+
+
+def _rising(cuts: Mapping[float, float]) -> Points:
+    """Points in order, in which a deeper cut never costs less."""
+    points: list[tuple[float, float]] = []
+    for share in sorted(cuts):
+        nats = min(cuts[share], _MOST) if math.isfinite(cuts[share]) else _MOST
+        points.append((share, max(_LEAST, nats, points[-1][1] if points else 0.0)))
+    return tuple(points)
+
+
+def capture(walk: Walk, ids_BT: Tensor, sizes: Sizes, progress: Progress | None = None) -> Capture:
+    """Measure what single cuts cost a model.
+
+    Args:
+        walk: the model.
+        ids_BT: the windows that losses are reported on, int64; damages are measured on the first of them.
+        sizes: the model's sizes.
+        progress: called with a label, blocks done and blocks in all.
+
+    Raises:
+        VerificationError: the model's loss is not finite.
+    """
+    nothing, some_BT = frozenset[int](), ids_BT[:_WINDOWS, :_TOKENS]
+    base = removal_losses(walk, ids_BT, [nothing])[0]
+    if not math.isfinite(base):
+        raise VerificationError(
+            "the model's loss is not finite", "the checkpoint is broken, or not a language model"
+        )
+    runs = _runs(sizes.num_hidden_layers) if layers_can_go(walk.weights.family, walk.weights.config) else []
+    whole, *losses = removal_losses(walk, some_BT, [nothing, *runs], progress)
+    cuts: dict[str, dict[float, float]] = {axis: {} for axis in AXES}
+    for run, loss in zip(runs, losses, strict=True):
+        share = len(run) / sizes.num_hidden_layers
+        cuts["layers"][share] = min(loss - whole, cuts["layers"].get(share, math.inf))
+    targets = _single_cuts(sizes)
+    masked = masked_losses(walk, some_BT, [target for _, target in targets], progress)
+    streams = _stream_losses(walk, some_BT, sizes, progress)
+    for (axis, target), loss in [*zip(targets, masked, strict=True), *streams]:
+        cuts[axis][shares_cut(sizes, target)[axis]] = loss - whole
+    damages = {axis: _rising(found) for axis, found in cuts.items()}
+    return Capture(sizes, base, damages | {"stream": damages["stream"] or _static(damages["units"])})
+
+
+def _runs(layers: int) -> list[frozenset[int]]:
+    """Runs of neighbours of several lengths; not every beginning of long ones, whose neighbours cost much the same."""
+    lengths = sorted({max(1, round(share * layers)) for share in _DEPTHS} & set(range(1, layers)))
+    return [
+        frozenset(range(start, start + count))
+        for count in lengths
+        for start in range(1, layers - count + 1, max(1, count // 2))
+    ]
+
+
+def _single_cuts(sizes: Sizes) -> list[tuple[str, Sizes]]:
+    """Shapes with fewer FFN units, key-value groups or query heads in a group."""
+    units, kv_heads = sizes.intermediate_size, sizes.num_key_value_heads
+    group = sizes.num_attention_heads // kv_heads
+    found = [("units", sizes.replace(intermediate_size=n)) for n in _counts(units, _KEPT["units"])]
+    for kv in _counts(kv_heads, _KEPT["heads"]):
+        found.append(("kv_groups", sizes.replace(num_key_value_heads=kv, num_attention_heads=kv * group)))
+    for n in _counts(group, _KEPT["heads"]):
+        found.append(("group_heads", sizes.replace(num_attention_heads=kv_heads * n)))
+    return found
+
+
+def _counts(size: int, shares: Sequence[float]) -> list[int]:
+    return sorted({min(size - 1, max(1, round(share * size))) for share in shares} - {0})
+
+
+def _stream_losses(
+    walk: Walk, ids_BT: Tensor, sizes: Sizes, progress: Progress | None
+) -> list[tuple[tuple[str, Sizes], float]]:
+    """Losses with narrower streams; none where the stream cannot become narrower with everything else as it is."""
+    family, config, layers = walk.weights.family, walk.weights.config, tuple(range(sizes.num_hidden_layers))
+    found: list[tuple[tuple[str, Sizes], float]] = []
+    if not stream_can_shrink(family, config, sizes.tied):
+        return found
+    for least in _counts(sizes.hidden_size, _KEPT["stream"]):
+        wider = (sizes.replace(hidden_size=width) for width in range(least, sizes.hidden_size))
+        target = next((shape for shape in wider if is_legal(family, config, shape)), None)
+        if target is not None:
+            fold = choose_stream(walk, ids_BT, target.hidden_size, progress)
+            narrow = Walk(Folded(walk.weights, target, layers, {("hidden", None): fold}), walk.device)
+            found.append((("stream", target), removal_losses(narrow, ids_BT, [frozenset()])[0]))
+    return found
+
+
+def _static(units: Points) -> Points:
+    """What a narrower stream may cost where only heads and stream can shrink together: much, against FFN units."""
+    nats = damage(units, 0.5) / math.log(2) ** 2
+    depths = {1 - kept: -math.log(kept) for kept in _KEPT["stream"]}
+    return _rising({share: nats * (_STREAM_AT_ONCE * d + _STREAM * d * d) for share, d in depths.items()})
+
+
+def masked_losses(
+    walk: Walk, ids_BT: Tensor, targets: Sequence[Sizes], progress: Progress | None = None
+) -> list[float]:
+    """Loss with FFN units and heads silenced in every block as cutting to each target would, in one pass over all.
+
+    What is silenced is chosen as `dslm.shrink.reconstruct` chooses it, on the whole model's own stream.
+    """
+    whole_BTD = walk.embed(ids_BT)
+    streams = [whole_BTD] * len(targets)
+    for layer in range(len(walk.blocks)):
+        with walk.block(layer):
+            writers = {m: name for m, name in walk.linears(layer).items() if writes_stream(walk, name)}
+            seen = tap(walk, layer, whole_BTD, inputs=list(writers.values()))
+            for i, target in enumerate(targets):
+                masks = {m: _mask(walk, layer, name, seen[name], target) for m, name in writers.items()}
+                with _silenced(masks):
+                    streams[i] = walk.run(layer, streams[i])
+            whole_BTD = walk.run(layer, whole_BTD)
+        if progress is not None:
+            progress("measuring cuts", layer + 1, len(walk.blocks))
+    with walk.head() as logits:
+        return [mean_loss(logits, stream, ids_BT, walk.device) for stream in streams]
+
+
+def _mask(walk: Walk, layer: int, name: str, x_NX: Tensor, target: Sizes) -> Tensor:
+    """One for each input of a writer that stays, zero for the others."""
+    axis, writer = walk.places[name].line.spec.axes[1], walk.get(name)
+    sizes = walk.weights.family.dimensions(walk.weights.config)
+    folds: dict[Key, Fold]
+    if "head_dim" in axis.dimensions:
+        scores = head_scores(x_NX.T @ x_NX / len(x_NX), writer, sizes["heads"]).cpu()
+        kept = choose_heads(scores, sizes["kv_heads"], target.num_attention_heads, target.num_key_value_heads)
+        folds = {(word, layer): fold for word, fold in kept.items()}
+    else:
+        scores = unit_scores(x_NX.square().mean(dim=0), writer).cpu()
+        folds = {("intermediate", layer): choose_units(scores, target.intermediate_size)}
+    fold = axis_fold(axis, layer, folds, sizes)
+    assert fold is not None, "every writer reads units or heads"
+    return (fold.group_S >= 0).to(x_NX)
+
+
+@contextmanager
+def _silenced(masks: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Multiply what some modules read."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * masks[module], *args[1:])
+
+    handles = [module.register_forward_pre_hook(hook) for module in masks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def captured(
+    weights: Stored, windows: Windows, *, device: str = "auto", progress: Progress | None = None
+) -> Capture:
+    """The capture of a model on held-out windows, from the user's cache where it was made before.
+
+    A cache that cannot be read is made anew, and one that cannot be written is done without. Arguments and errors as of
+    `search`.
+    """
+    ids_BT = few(windows.held_out)
+    place = cache_folder() / "captures" / f"{_fingerprint(weights, ids_BT)}.json"
+    sizes = Sizes.from_config(weights.family, weights.config)
+    found = _read_cache(place, sizes)
+    if found is None:
+        found = capture(Walk(weights, pick_device(device)), ids_BT, sizes, progress)
+        _write_cache(place, found)
+    return found
+
+
+def _fingerprint(weights: Stored, ids_BT: Tensor) -> str:
+    """Of the source's headers, the first row of every tensor (fine-tuned models have equal headers), and the tokens."""
+    source = weights.checkpoint
+    parts = [_FORMAT, metadata.version("dslm"), headers_hash(source), dict(source.config), ids_BT.tolist()]
+    found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for name in sorted(source.entries):
+        found.update(source.read_rows(name, 0, 1).float().numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def _read_cache(place: Path, sizes: Sizes) -> Capture | None:
+    """What lies there, if it is whole."""
+    try:
+        held = json.loads(place.read_text(encoding="utf-8"))
+        damages = {axis: tuple((float(x), float(y)) for x, y in held["damages"][axis]) for axis in AXES}
+        found = Capture(sizes, float(held["base"]), damages)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    numbers = [found.base, *(number for points in damages.values() for point in points for number in point)]
+    sound = all(math.isfinite(n) and n > 0 for n in numbers)
+    return found if sound and all(points == _rising(dict(points)) for points in damages.values()) else None
+
+
+def _write_cache(place: Path, found: Capture) -> None:
+    text = json.dumps({"base": found.base, "damages": found.damages}, indent=1)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        Path(file.name).replace(place)  # never half a file, whoever else writes it
+    except OSError as error:
+        _log.info("the capture is not kept: %s", error)

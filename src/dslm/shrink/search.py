@@ -1,0 +1,163 @@
+"""The dial: which shape loses least at a given size, predicted from measured cuts, and measured where it is built.
+
+Every shape gets a predicted loss from what single cuts cost (`dslm.shrink.capture`); the most promising are rebuilt on
+a few windows.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dslm.checkpoint.reader import Checkpoint
+from dslm.load import pick_device
+from dslm.shrink.calibrate import calibration
+from dslm.shrink.capture import Capture, captured, damage, shares_cut
+from dslm.shrink.fold import Stored
+from dslm.shrink.rebuild import Progress, Windows, rebuild
+from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.redundancy import exact_stage
+from dslm.shrink.survey import choose_layers, choose_stream, few, removal_losses
+from dslm.shrink.walk import Walk
+from dslm.sizes import Sizes
+from dslm.targets_down import shrink_candidates
+
+LEFT = {"layers": 0.45, "units": 0.6, "kv_groups": 0.6, "group_heads": 0.6, "stream": 0.6}
+"""Share of an axis's damage that is left after re-reading, about what SmolLM2-135M shows. It only matters for ranking
+cuts of one axis against cuts of another."""
+
+FIT, HELD_OUT = 16, 4
+"""Windows at most that a candidate is rebuilt on, and measured on."""
+
+_ENOUGH = 32  # windows of calibration text, an eighth of them held out
+_CANDIDATES, _NEAR, _NEARER = 512, 0.02, 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A legal shape and its loss, in nats per token on held-out windows.
+
+    Attributes:
+        sizes: the shape.
+        parameters: exactly how many it has.
+        predicted: its loss as the capture predicts it.
+        measured: its loss after it was built; None where it was not.
+        layers: the layers that were kept when it was built, of what the exact stage left.
+    """
+
+    sizes: Sizes
+    parameters: int
+    predicted: float
+    measured: float | None = None
+    layers: tuple[int, ...] = ()
+
+
+def read_windows(
+    source: Checkpoint,
+    text: str | None,
+    *,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Windows:
+    """The few windows of a calibration text that a search needs; arguments as of `calibration`."""
+    samples = min(samples, _ENOUGH)
+    found = calibration(source, text, samples=samples, length=length, seed=seed, progress=progress)
+    return Windows(found.train[:FIT], found.held_out[:HELD_OUT], {})
+
+
+def search(
+    weights: Stored,
+    parameters: int,
+    windows: Windows,
+    *,
+    known: Capture | None = None,
+    build: int = 3,
+    untie: bool = False,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> list[Scored]:
+    """Legal shapes near a number of parameters, best first: those that were built by what was measured, then the rest.
+
+    Args:
+        weights: the model to shrink.
+        parameters: how many the result should have.
+        windows: calibration tokens; few are used (`FIT`, `HELD_OUT`).
+        known: what cuts cost, where that is already in hand.
+        build: how many shapes to build; of shapes that differ only in their FFN the best is.
+        untie: the result has two tables.
+        recipe: how they are built.
+        device: one of `dslm.load.DEVICES`.
+        progress: called with a label, what is done and what there is in all.
+
+    Raises:
+        SizeError: the target is not below the source, or below the smallest shape there is.
+        VerificationError: the model's loss is not finite.
+    """
+    known = known or captured(weights, windows, device=device, progress=progress)
+    recipe = recipe or Recipe()
+    shapes = ranked(known, weights, parameters, untie=untie, recipe=recipe)
+    best: dict[Sizes, Scored] = {}
+    for shape in shapes:
+        best.setdefault(shape.sizes.replace(intermediate_size=0), shape)
+    chosen = list(best.values())[:build]
+    built = [_built(weights, shape, windows, recipe, device, progress) for shape in chosen]
+    built.sort(key=lambda s: math.inf if s.measured is None or math.isnan(s.measured) else s.measured)
+    return built + [shape for shape in shapes if shape not in chosen]
+
+
+def ranked(
+    known: Capture, weights: Stored, parameters: int, *, untie: bool = False, recipe: Recipe | None = None
+) -> list[Scored]:
+    """Legal shapes within 2 % of a number of parameters by predicted loss, those within 1 % first.
+
+    Where there is none, the nearest there is. Arguments and errors as of `search`.
+    """
+    solve = (recipe or Recipe()).solve
+    found = shrink_candidates(weights.family, weights.config, parameters, count=_CANDIDATES, untie=untie)
+    near = [c for c in found if abs(c.off) <= _NEAR] or [min(found, key=lambda c: abs(c.off))]
+    off = {c.sizes: abs(c.off) for c in near}
+    scored = [Scored(c.sizes, c.parameters, predict(known, c.sizes, solve=solve)) for c in near]
+    return sorted(scored, key=lambda s: (off[s.sizes] > _NEARER, s.predicted, s.parameters))
+
+
+def predict(known: Capture, sizes: Sizes, *, solve: bool = True) -> float:
+    """Loss of a shape in nats per token: the damages of its cuts add up, less what re-reading makes up for."""
+    cut = shares_cut(known.sizes, sizes)
+    damages = {axis: damage(known.damages[axis], share) for axis, share in cut.items()}
+    return known.base + sum((LEFT[axis] if solve else 1.0) * nats for axis, nats in damages.items())
+
+
+def _built(
+    weights: Stored, shape: Scored, windows: Windows, recipe: Recipe, device: str, progress: Progress | None
+) -> Scored:
+    """Build a shape as ``down`` does, on few windows, and measure its loss."""
+    reduced, target = exact_stage(weights, shape.sizes, progress=progress).weights, shape.sizes
+    before, where = Sizes.from_config(reduced.family, reduced.config), pick_device(device)
+    windows = Windows(windows.fit[:FIT], windows.held_out[:HELD_OUT], {})
+    walk = Walk(reduced, where)
+    layers = choose_layers(walk, few(windows.fit), target.num_hidden_layers, progress)
+    if before == target:
+        return replace(
+            shape, measured=removal_losses(walk, windows.held_out, [frozenset()])[0], layers=layers
+        )
+    stream = None
+    if before.hidden_size != target.hidden_size:
+        stream = choose_stream(walk, few(windows.fit), target.hidden_size, progress)
+    with tempfile.TemporaryDirectory(prefix="dslm-") as folder:
+        found = rebuild(
+            reduced,
+            target,
+            layers,
+            stream,
+            windows,
+            Path(folder),
+            recipe=recipe,
+            device=where,
+            progress=progress,
+        )
+    return replace(shape, measured=found.losses["held-out"][1], layers=layers)

@@ -1,0 +1,118 @@
+"""Several processes, each with some of the windows, find together what one finds with all of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pico
+import shrinking
+from dslm.checkpoint.reader import open_folder
+from dslm.shrink.fold import Stored, select
+from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
+
+# family, variant -> sizes: everything that has sums of its own, tied and not, pre-norm and post-norm
+CASES = {
+    ("llama", "gqa-tied"): {
+        "hidden_size": 24,
+        "intermediate_size": 30,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    ("phi", "mha"): {"hidden_size": 24, "intermediate_size": 30},
+    ("olmo2", "biases"): {"intermediate_size": 30, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
+SHARES = {"fit": (9, 15), "held_out": (4, 2)}
+WORKER = """
+import sys
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+import test_shrink_processes as test
+
+place, rank = Path(sys.argv[1]), int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
+for family, variant in test.CASES:
+    test.save(test.shrunk(place, family, variant, test.share(rank)), place / f"{family}-{rank}.safetensors")
+torch.distributed.destroy_process_group()
+"""
+
+
+def share(rank: int) -> Windows:
+    """The windows of one process; together they are `shrinking.windows`."""
+    whole = shrinking.windows()
+    fit, held_out = whole.fit.split(SHARES["fit"])[rank], whole.held_out.split(SHARES["held_out"])[rank]
+    return Windows(fit, held_out, whole.checks)
+
+
+def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
+    source = open_folder(place / family)
+    target = source.sizes.replace(**CASES[family, variant])
+    scratch = place / f"scratch{len(list(place.iterdir()))}-{os.getpid()}"
+    scratch.mkdir()
+    stream = select(torch.arange(4, 28), 32, 0.9) if target.hidden_size == 24 else None
+    layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
+    return rebuild(Stored(source), target, layers, stream, windows, scratch)
+
+
+def tensors(found: Rebuilt) -> dict[str, torch.Tensor]:
+    whole = {name: found.read(name).contiguous() for name in found.family.layout(found.config)}
+    return whole | {"errors": torch.tensor(found.errors, dtype=torch.float64)}
+
+
+def save(found: Rebuilt, path: Path) -> None:
+    save_file(tensors(found), path)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest relative distance of two tensors of one name."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Sources, and what two processes made of them together."""
+    place = tmp_path_factory.mktemp("processes")
+    for family, variant in CASES:
+        pico.save(pico.make_model(family, variant), place / family)
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(place), str(rank)],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    return place
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES, ids=map("-".join, CASES))
+def test_two_processes_find_what_one_finds(family, variant, place):
+    together = [load_file(place / f"{family}-{rank}.safetensors") for rank in range(2)]
+    assert distance(*together) < 1e-6, "both processes end up with the same model"
+    alone = tensors(shrunk(place, family, variant, shrinking.windows()))
+    assert distance(alone, together[0]) < 1e-4
+    for rank in range(2):
+        part = tensors(shrunk(place, family, variant, share(rank)))
+        assert distance(alone, part) > 1e-2, "a share of the windows is not enough to find it"

@@ -1,0 +1,291 @@
+"""Each rule of shrinking matters: with it the result is right, and with it left out it is visibly not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import shrinking
+from dslm.checkpoint.reader import open_folder
+from dslm.shrink import find_twins, fold, packing, rebuild, reconstruct, redundancy, survey
+from dslm.shrink.fold import Stored, select
+from dslm.shrink.redundancy import exact_stage
+from dslm.shrink.select import top
+from growing import grow, load, logits, off
+from pico import make_model, tokens
+from test_exact_stage import written
+from test_rules import not_normed, with_line, without_table_fields
+
+WRONG = 1e-3
+Patch = Callable[[pytest.MonkeyPatch], None]
+Plant = Callable[[PreTrainedModel], None]
+
+
+def instead(owner: object, name: str, make: Callable) -> Patch:
+    """Put ``make(what was there)`` in a function's place."""
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A model that needs a rule, as it is or with something planted, and sizes to grow or to cut to.
+
+    For a fit, ``worse`` is how much larger the error of the stream on held-out tokens is without the rule.
+    """
+
+    family: str
+    variant: str
+    without: Patch
+    sizes: dict = field(default_factory=dict)
+    plant: Plant = lambda model: None
+    method: str = "hypercloning"
+    worse: float = 0.0
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        model = make_model(self.family, self.variant, dtype=dtype)
+        with torch.no_grad():
+            self.plant(model)
+        model.save_pretrained(folder)
+        return model
+
+
+# ---------------------------------------------------------------- the exact stage: what growth added goes
+
+
+def without_amplitudes(fold_stream):
+    def fold_only(*arguments, **options):
+        found = fold_stream(*arguments, **options)
+        return dataclasses.replace(found, amplitude_T=torch.ones_like(found.amplitude_T))
+
+    return fold_only
+
+
+def without_watching_the_mean(ask_writer):
+    def ask(self, found):
+        answer, self.centred = ask_writer(self, found), True
+        return answer
+
+    return ask
+
+
+def stream(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Phi's tables, matrices and vectors that write the stream or scale it, channels first."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("embed_tokens", "self_attn.dense", "fc2", "norm")):
+            yield name, parameter.T if "embed_tokens" in name else parameter
+
+
+def one_copied_channel(model: PreTrainedModel) -> None:
+    for _, rows in stream(model):
+        rows[7] = rows[3]
+
+
+def zero_channels(model: PreTrainedModel) -> None:
+    for _, rows in stream(model):
+        rows[5:9] = 0
+
+
+def centred_zero_channels(model: PreTrainedModel) -> None:
+    zero_channels(model)
+    live = [*range(5), *range(9, 32)]
+    for name, rows in stream(model):
+        if "norm" not in name:
+            rows[live] -= rows[live].mean(dim=0)
+
+
+UNSCALED = instead(redundancy, "fold_stream", without_amplitudes)
+UNSCALED_HEADS = instead(packing, "_balanced", lambda _: lambda heads, leaders: heads)
+ONLY_KEPT = instead(fold, "_balanced", lambda _: lambda kept, stored, is_gain: stored[kept.keep_T])
+ALL_GAINS = instead(
+    fold, "_balanced", lambda whole: lambda kept, stored, is_gain: whole(kept, stored, is_gain=True)
+)
+NO_FACTOR = instead(fold, "table_factor", lambda _: lambda *sizes: 1.0)
+MEAN_UNSEEN = instead(find_twins._Stream, "ask_writer", without_watching_the_mean)
+BIAS_NOT_NORMED = with_line("model.layers.{layer}.self_attn.q_proj.bias", not_normed)
+EXACT = {
+    "amplitudes: weighted copies": Rule("llama", "mha", UNSCALED, {"hidden_size": 48}),
+    "amplitudes: padding": Rule("llama", "mha", UNSCALED, {"hidden_size": 48}, method="padding"),
+    "tied table: a gain": Rule("llama", "gqa-tied", ONLY_KEPT, {"hidden_size": 64}),
+    "tied table: a shift": Rule("phi", "tied", ALL_GAINS, plant=centred_zero_channels),
+    "norm over all heads, queries": Rule("olmo2", "gqa-tied", UNSCALED_HEADS, {"num_attention_heads": 6}),
+    "norm over all heads, keys": Rule(
+        "olmo2", "gqa-tied", UNSCALED_HEADS, {"num_attention_heads": 12, "num_key_value_heads": 3}
+    ),
+    "norm over all heads, bias": Rule("olmo2", "biases", BIAS_NOT_NORMED, {"num_attention_heads": 6}),
+    "LayerNorm: equal copies": Rule("phi", "mha", without_table_fields(norm="rms"), plant=one_copied_channel),
+    "LayerNorm: zero where the mean is": Rule("phi", "mha", MEAN_UNSEEN, plant=zero_channels),
+    "Gemma's 1 + gain": Rule(
+        "gemma2", "windows-softcaps", without_table_fields(gain_offset=0), {"hidden_size": 64}
+    ),
+    "Gemma's embedding multiplier": Rule("gemma", "mqa", NO_FACTOR, {"hidden_size": 64}),
+    "Gemma's embedding multiplier, untied": Rule(
+        "gemma", "mha-untied", without_table_fields(embedding_multiplier="none"), {"hidden_size": 64}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT.keys())
+def test_the_exact_stage_needs_the_rule(rule, tmp_path, monkeypatch):
+    model = rule.save(tmp_path / "source", torch.float64)
+    folder, floor = tmp_path / "source", open_folder(tmp_path / "source").sizes
+    if rule.sizes:
+        folder = grow(folder, tmp_path / "grown", floor.replace(**rule.sizes), method=rule.method)
+    else:
+        floor = floor.replace(hidden_size=4)
+
+    def distance(name: str) -> float:
+        found = exact_stage(Stored(open_folder(folder)), floor)
+        assert found.removed or (name == "with" and not rule.sizes)
+        shrunk = load(written(found.weights, tmp_path / name), torch.float64)
+        return off(logits(model, tokens(6)), logits(shrunk, tokens(6)))
+
+    assert distance("with") < 5e-6
+    rule.without(monkeypatch)
+    assert distance("without") > WRONG
+
+
+# ---------------------------------------------------------------- what stays: the rest does next to nothing
+
+
+def quiet_group(model: PreTrainedModel) -> None:
+    """The first key-value head's query heads write next to nothing."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[:, :16] *= 1e-6
+
+
+def quiet_layer(model: PreTrainedModel) -> None:
+    """The middle layer writes next to nothing."""
+    layer = model.model.layers[1]
+    if hasattr(layer, "post_feedforward_layernorm"):  # it scales with 1 + gain what is written
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.fill_(-1 + 1e-6)
+    else:
+        layer.self_attn.o_proj.weight *= 1e-6
+        layer.mlp.down_proj.weight *= 1e-6
+
+
+def quiet_channels(model: PreTrainedModel) -> None:
+    """Eight channels carry next to nothing."""
+    model.model.embed_tokens.weight[:, 10:18] *= 1e-6
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[10:18] *= 1e-6
+        layer.mlp.down_proj.weight[10:18] *= 1e-6
+
+
+def any_heads(choose_heads):
+    """Query heads by their scores alone; key-value heads by their numbers."""
+
+    def choose(scores_H, kv_heads, target_heads, target_kv):
+        heads = select(top(scores_H, target_heads), len(scores_H))
+        return {"heads": heads, "kv_heads": select(torch.arange(target_kv), kv_heads)}
+
+    return choose
+
+
+def interleaved_groups(choose_heads):
+    """As if query head h belonged to key-value head h modulo their number."""
+
+    def choose(scores_H, kv_heads, target_heads, target_kv):
+        order = torch.arange(len(scores_H)).view(-1, kv_heads).T.flatten()
+        found = choose_heads(scores_H[order], kv_heads, target_heads, target_kv)
+        return found | {"heads": select(order[found["heads"].keep_T], len(scores_H))}
+
+    return choose
+
+
+def first_of_each_list(shrunk_config):
+    def shrunk(table, config, sizes, layers):
+        return shrunk_config(table, config, sizes, tuple(range(len(layers))))
+
+    return shrunk
+
+
+def without_amplitude(choose_channels):
+    return lambda scores, power, count: select(choose_channels(scores, power, count).keep_T, len(scores))
+
+
+ANY_HEADS = instead(reconstruct, "choose_heads", any_heads)
+INTERLEAVED = instead(reconstruct, "choose_heads", interleaved_groups)
+FIRST_LAYERS = instead(fold, "shrunk_config", first_of_each_list)
+UNSCALED_CHANNELS = instead(survey, "choose_channels", without_amplitude)
+ONE_GROUP = {"num_attention_heads": 2, "num_key_value_heads": 1}
+TWO_LAYERS = {"num_hidden_layers": 2}
+CUTS = {
+    "grouped queries: heads of the group": Rule("llama", "gqa-tied", ANY_HEADS, ONE_GROUP, quiet_group),
+    "grouped queries: which are neighbours": Rule("llama", "gqa-tied", INTERLEAVED, ONE_GROUP, quiet_group),
+    "sliding windows of kept layers": Rule("gemma3_text", "windows", FIRST_LAYERS, TWO_LAYERS, quiet_layer),
+    "rotation of kept layers": Rule("smollm3", "nope-tied", FIRST_LAYERS, TWO_LAYERS, quiet_layer),
+    "mean square of channels": Rule("llama", "mha", UNSCALED_CHANNELS, {"hidden_size": 24}, quiet_channels),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", CUTS.values(), ids=CUTS.keys())
+def test_a_cut_needs_the_rule(rule, tmp_path, monkeypatch):
+    model = rule.save(tmp_path / "source")
+    source = open_folder(tmp_path / "source")
+
+    def distance(name: str) -> float:
+        shrinking.down(source, tmp_path / name, source.sizes.replace(**rule.sizes), method="slice")
+        return off(logits(model, tokens(6)), logits(load(tmp_path / name, torch.float32), tokens(6)))
+
+    assert distance("with") < WRONG / 10
+    rule.without(monkeypatch)
+    assert distance("without") > 10 * WRONG
+
+
+# ---------------------------------------------------------------- re-reading
+
+
+def constant_units(model: PreTrainedModel) -> None:
+    """Half of the units do not vary, and each adds less than any other unit, but they all pull one way."""
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight[:24] *= 1e-3
+        layer.mlp.up_proj.weight[:24] *= 1e-3
+        layer.mlp.gate_proj.bias[:24] = 4.0
+        layer.mlp.up_proj.bias[:24] = 1.0
+        layer.mlp.down_proj.weight[:, :24] = layer.mlp.down_proj.weight[:, :1]
+        layer.mlp.down_proj.weight[:, 24:] *= 10
+
+
+def sinks(model: PreTrainedModel) -> None:
+    """One token in five has a stream that is thousands of times larger from the first block on."""
+    model.model.embed_tokens.weight[:, 0] = 0
+    model.model.embed_tokens.weight[3:23, 0] = 0.5
+    model.model.layers[0].mlp.gate_proj.weight[:, 0] *= 300
+    model.model.layers[0].mlp.up_proj.weight[:, 0] *= 300
+
+
+def adding(anatomy):
+    return lambda *arguments: dataclasses.replace(anatomy(*arguments), adds=True)
+
+
+ALL_ADD = instead(reconstruct, "anatomy", adding)
+NO_BIAS = instead(reconstruct, "_bias", lambda _: lambda walk, name: None)
+ALL_ALIKE = instead(rebuild, "Recipe", lambda recipe: lambda: recipe(weigh_tokens=False))
+FITS = {
+    "a norm behind the writers": Rule("olmo2", "mha", ALL_ADD, worse=1.4),
+    "norms on both sides": Rule("gemma2", "windows-softcaps", ALL_ADD, worse=1.25),
+    "biases are fitted": Rule("llama", "biases", NO_BIAS, plant=constant_units, worse=10),
+    "large tokens count no more": Rule("llama", "mha", ALL_ALIKE, plant=sinks, worse=10),
+}
+
+
+@pytest.mark.parametrize("rule", FITS.values(), ids=FITS.keys())
+def test_a_fit_needs_the_rule(rule, tmp_path, monkeypatch):
+    rule.save(tmp_path)
+    source = open_folder(tmp_path)
+    target = source.sizes.replace(intermediate_size=24)
+
+    def error() -> float:
+        windows = shrinking.windows(fit=64)
+        return sum(rebuild.rebuild(Stored(source), target, (0, 1, 2), None, windows, tmp_path).errors)
+
+    with_rule = error()
+    rule.without(monkeypatch)
+    assert error() > rule.worse * with_rule

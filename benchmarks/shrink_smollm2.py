@@ -25,6 +25,7 @@ from dslm.shrink import reconstruct
 from dslm.shrink.fold import Stored
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.streams import batches
 from dslm.shrink.survey import choose_layers, few
 from dslm.shrink.walk import Walk
 from dslm.sizes import count_parameters
@@ -70,6 +71,18 @@ def target_of(source, share: float, method: str):
     )
 
 
+def forward_seconds(weights, ids_BT: torch.Tensor) -> float:
+    """Time of one pass of a model over some windows, blocks only, loaded and run as shrinking does."""
+    walk = Walk(weights)
+    stream = walk.embed(ids_BT)
+    begin = time.perf_counter()
+    for layer in range(len(walk.blocks)):
+        with walk.block(layer):
+            for windows in batches(0, len(ids_BT), ids_BT.shape[1]):
+                stream[windows] = walk.run(layer, stream[windows])
+    return time.perf_counter() - begin
+
+
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -109,6 +122,8 @@ def main() -> None:
                 found = rebuild(
                     Stored(source), target, layers[count], None, windows, Path(folder), recipe=recipe
                 )
+                seconds = time.perf_counter() - begin
+                passes = sum(forward_seconds(weights, windows.all) for weights in (Stored(source), found))
             rows.append(
                 {
                     "keep": share,
@@ -121,7 +136,8 @@ def main() -> None:
                     "perplexity": {
                         text: [math.exp(loss) for loss in pair] for text, pair in found.losses.items()
                     },
-                    "seconds": time.perf_counter() - begin,
+                    "seconds": seconds,
+                    "seconds_of_both_forward_passes": passes,
                 }
             )
             print(rows[-1], flush=True)

@@ -10,9 +10,11 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("dslm", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("dslm")
+pytest.register_assert_rewrite("asking", "calling", "refusing")  # what they assert tells as much as in a test

@@ -1,4 +1,4 @@
-"""The command line: what it prints, how fast it starts, and that every failure is one line."""
+"""The command line: how fast it starts, that every failure is one line, and what it says of a model."""
 
 import json
 import os
@@ -6,57 +6,20 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+import calling
 import pico
+from calling import one_line
 from dslm.checkpoint.reader import open_folder
 from dslm.cli import main as cli_main
 from dslm.cli.common import print_json
 from dslm.cli.desc import describe_checkpoint
-from dslm.cli.main import COMMANDS, run
+from dslm.cli.main import COMMANDS
 from dslm.errors import DslmError
-from dslm.generation import Sampling, generate
 from dslm.report.tables import short_bytes, short_count
 from dslm.sizes import count_parameters
 
-
-def add_tokenizer(folder, words=pico.VOCAB):
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    fast.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory):
-    """A model without a tokenizer."""
-    return pico.save(pico.make_model("llama", "gqa-tied"), tmp_path_factory.mktemp("bare") / "bare")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model with a tokenizer."""
-    folder = pico.save(pico.make_model("llama", "gqa-tied"), tmp_path_factory.mktemp("model") / "tiny")
-    add_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command line in this process: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = run([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+bare, call = calling.bare, calling.call  # fixtures
 
 
 def in_subprocess(code, **environment):
@@ -67,13 +30,6 @@ def in_subprocess(code, **environment):
         env={**os.environ, **environment},
         check=False,
     )
-
-
-def one_line(err):
-    assert err.count("\n") == 1
-    assert err.startswith("dslm: ")
-    assert "Traceback" not in err
-    return err
 
 
 # --- starting ----------------------------------------------------------------------------------------------
@@ -121,6 +77,10 @@ def test_version_and_bare_call(call):
     code, out, _ = call()
     assert code == 0
     assert "Commands" in out
+
+
+def test_the_commands_are_where_the_table_says():
+    assert cli_main.cli.list_commands(None) == list(COMMANDS)
 
 
 # --- failing -----------------------------------------------------------------------------------------------
@@ -245,123 +205,3 @@ def test_numbers_for_people():
 def test_json_is_always_json(capsys):
     print_json({"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": "é"}})
     assert json.loads(capsys.readouterr().out) == {"schema": 1, "a": None, "b": [None, 1.5], "c": {"d": "é"}}
-
-
-# --- gen ---------------------------------------------------------------------------------------------------
-
-
-def test_gen_is_greedy_at_zero_and_repeats_with_a_seed(call, model):
-    code, out, err = call("gen", model, "-p", "w5 w6", "-n", 4, "--temperature", 0, "-q")
-    assert (code, err) == (0, "")
-    assert out.startswith("w5 w6 ")
-    tokens = torch.tensor([[5, 6]])
-    with torch.no_grad():
-        logits = pico.make_model("llama", "gqa-tied")(tokens).logits[0, -1]
-    assert out.split()[2] == f"w{int(logits.argmax())}"
-    runs = [call("gen", model, "-p", "w5 w6", "-n", 8, "--seed", seed, "-q")[1] for seed in (1, 1, 2)]
-    assert runs[0] == runs[1] != runs[2]
-
-
-def test_gen_tells_its_seed_and_its_speed_on_stderr(call, model):
-    code, out, err = call("gen", model, "-p", "w5", "-n", 4)
-    assert code == 0
-    first, last = err.splitlines()
-    seed = first.removeprefix("seed ")
-    assert "tokens/s" in last
-    assert call("gen", model, "-p", "w5", "-n", 4, "--seed", seed, "-q")[1] == out
-
-
-def test_gen_json(call, model):
-    code, out, _ = call("gen", model, "-p", "w5", "-n", 4, "--seed", 3, "--json", "-q")
-    found = json.loads(out)
-    assert code == 0
-    assert (found["schema"], found["prompt"], found["seed"]) == (1, "w5", 3)
-    assert 1 <= found["tokens"] <= 4
-
-
-def test_gen_reads_stdin(call, model, monkeypatch):
-    import io
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("w7 w8\n"))
-    assert call("gen", model, "-p", "-", "-n", 2, "-q")[1].startswith("w7 w8 ")
-
-
-def test_gen_without_a_tokenizer_says_what_to_do(call, bare):
-    code, out, err = call("gen", bare, "-q")
-    assert (code, out) == (1, "")
-    assert "bare has no tokenizer; copy tokenizer.json" in one_line(err)
-
-
-def test_gen_stays_inside_the_context(model):
-    checkpoint = open_folder(model)
-    found = generate(
-        checkpoint, " ".join(["w5"] * 60), tokens=50, sampling=Sampling(temperature=0), device="cpu"
-    )
-    assert found.tokens <= pico.POSITIONS - 60
-    with pytest.raises(DslmError, match="the prompt has 64 tokens"):
-        generate(checkpoint, " ".join(["w5"] * 64), device="cpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_gen_on_a_device_that_is_not_there(call, model):
-    code, _, err = call("gen", model, "--device", "cuda", "-q")
-    assert code == 1
-    assert "no device 'cuda' here; usable: cpu" in one_line(err)
-
-
-# --- diff --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def perturbed(tmp_path_factory):
-    network = pico.make_model("llama", "gqa-tied")
-    with torch.no_grad():
-        network.model.layers[0].mlp.down_proj.weight.add_(0.3 * torch.randn(32, 48))
-    folder = pico.save(network, tmp_path_factory.mktemp("perturbed") / "other")
-    add_tokenizer(folder)
-    return folder
-
-
-def test_diff_says_what_it_means(call, model, perturbed):
-    code, out, _ = call("diff", model, model, "-q")
-    assert code == 0
-    assert "B is the same function as A, bit for bit." in out
-    assert "B is alive and unlocked" in out
-    code, out, _ = call("diff", model, perturbed, "--no-liveness", "-q")
-    assert code == 0
-    assert "B is not the same function as A" in out
-    assert "liveness" not in out
-
-
-def test_diff_is_a_gate(call, model, perturbed):
-    limits = ["--max-kl", "1e-6", "--min-agreement", "0.999", "--no-liveness", "-q"]
-    assert call("diff", model, model, *limits)[0] == 0
-    code, out, err = call("diff", model, perturbed, *limits)
-    assert code == 1
-    assert "rounding floor" in out
-    assert "KL is" in one_line(err)
-    assert "top-1 agreement is" in err
-    code, out, err = call("diff", model, perturbed, *limits, "--json")
-    assert code == 1
-    assert json.loads(out)["verdict"] == "different"
-
-
-def test_diff_reads_texts(call, model, tmp_path):
-    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in range(3, 90)))
-    for text in (tmp_path / "text.txt", " ".join(f"w{i}" for i in range(3, 90))):
-        code, out, err = call("diff", model, model, "--text", text, "--json", "--no-liveness", "-q")
-        assert (code, err) == (0, "")
-        assert json.loads(out)["comparison"]["tokens"] == 87
-    assert call("diff", model, model, "--text", "w5", "-q")[0] == 1
-
-
-def test_diff_refuses_another_tokenizer(call, model, tmp_path):
-    other = pico.save(pico.make_model("llama", "gqa-tied"), tmp_path / "other")
-    add_tokenizer(other, words=50)
-    code, _, err = call("diff", model, other, "--text", "w60 w61 w62", "-q")
-    assert code == 1
-    assert "read the same text differently" in one_line(err)
-
-
-def test_the_commands_are_where_the_table_says():
-    assert cli_main.cli.list_commands(None) == list(COMMANDS)

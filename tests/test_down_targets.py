@@ -1,4 +1,4 @@
-"""The search for a smaller size, and what a plan to shrink holds and refuses."""
+"""The search for a smaller size: what users type, and the candidates for a number of parameters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fractions import Fraction
 import pytest
 
 import pico
-from dslm.checkpoint.card import calibration_name, command_of, render_card, without_places
+from configs import GEMMA3, PYTHIA, QWEN3, REAL, SMOLLM2, pico_config, sizes_of, total
 from dslm.checkpoint.oracle import expected_shapes
-from dslm.errors import DslmError, RecipeError, SizeError
+from dslm.errors import SizeError
 from dslm.families import family_names, load_family
-from dslm.plan import SHRUNK, Plan, check_plan, plan_growth, plan_shrink
+from dslm.plan import plan_shrink
 from dslm.shrink.fold import shrunk_config
 from dslm.sizes import Sizes, check_legal, count_parameters
 from dslm.targets_down import (
@@ -22,7 +22,6 @@ from dslm.targets_down import (
     parse_share,
     shrink_candidates,
 )
-from test_targets import GEMMA3, PYTHIA, QWEN3, REAL, SMOLLM2, pico_config, total
 
 SHAPE = (
     "hidden_size",
@@ -31,19 +30,6 @@ SHAPE = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-
-
-def sizes_of(config: dict) -> Sizes:
-    return Sizes.from_config(load_family(config["model_type"]), config)
-
-
-def shrink(config: dict, **changes) -> Plan:
-    options = {
-        key: changes.pop(key) for key in ("method", "text", "samples", "length", "seed") if key in changes
-    }
-    family = load_family(config["model_type"])
-    return plan_shrink("m", family, config, sizes_of(config).replace(**changes), **options)
-
 
 # ---------------------------------------------------------------- what users type
 
@@ -237,161 +223,3 @@ def test_layers_that_are_told_by_their_number_stay():
     listed = GEMMA3 | {"layer_types": ["full_attention"] * 18}
     found = shrink_candidates(load_family("gemma3_text"), listed, round(0.9 * total(listed)), count=50)
     assert {c.sizes.num_hidden_layers for c in found} != {18}
-
-
-# ---------------------------------------------------------------- plans
-
-REFUSED = [
-    (SMOLLM2, {"hidden_size": 640, "num_attention_heads": 9}, "hidden_size 640 is larger.*dslm up"),
-    (SMOLLM2, {"intermediate_size": 1537}, "intermediate_size 1537 is larger than the source's 1536.*dslm up"),
-    (SMOLLM2, {"num_hidden_layers": 31}, "num_hidden_layers 31.*dslm up"),
-    (SMOLLM2, {"num_attention_heads": 12}, "num_attention_heads 12.*dslm up"),
-    (SMOLLM2, {"num_key_value_heads": 9}, "num_key_value_heads 9.*dslm up"),
-    (SMOLLM2, {"head_dim": 32}, "head_dim cannot change from 64 to 32: every rotary.*num_attention_heads"),
-    (SMOLLM2, {"vocab_size": 1000}, "vocab_size cannot change"),
-    (SMOLLM2, {"vocab_size": 50000}, "vocab_size cannot change"),
-    (SMOLLM2, {"hidden_size": 500}, "hidden_size.*nearest legal hidden_size: 495 or 504"),
-    (SMOLLM2, {"hidden_size": 0}, "hidden_size 0"),
-    (SMOLLM2, {"hidden_size": -1}, "hidden_size -1"),
-    (SMOLLM2, {"num_hidden_layers": 0}, "num_hidden_layers 0"),
-    (SMOLLM2, {"num_attention_heads": 8}, "num_attention_heads 8 is not a multiple"),
-    (SMOLLM2, {"num_key_value_heads": 1}, "9 query heads for each.*has 3.*nearest legal pairs: 3 with 1 or 6 with 2"),
-    (SMOLLM2, {"num_attention_heads": 4, "num_key_value_heads": 1}, "4 query heads.*pairs: 3 with 1 or 6 with 2"),
-    (PYTHIA, {"hidden_size": 448}, "derives head_dim.*hidden_size 448 with num_attention_heads 7"),
-    (PYTHIA, {"tied": True}, "tied"),
-    (GEMMA3, {"num_hidden_layers": 9}, "layer_types is not listed.*other sizes"),
-    (pico_config("smollm3", "nope-interval"), {"num_hidden_layers": 2}, "no_rope_layers"),
-    (pico_config("olmo", "tied-biases"), {"hidden_size": 16}, "hidden_size cannot shrink.*--untie"),
-    (pico_config("opt", "projected-untied"), {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2},
-     "word_embed_proj_dim"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("config", "asked", "named"), REFUSED)
-def test_a_target_that_is_no_shrink_is_refused(config, asked, named):
-    with pytest.raises(SizeError) as caught:
-        shrink(config, **asked)
-    assert re.search(named, str(caught.value)), str(caught.value)
-    assert caught.value.hint
-
-
-ALLOWED = [
-    (SMOLLM2, {"num_attention_heads": 6}),
-    (SMOLLM2, {"num_attention_heads": 3, "num_key_value_heads": 1}),
-    (SMOLLM2, {"num_hidden_layers": 1}),
-    (SMOLLM2, {"intermediate_size": 1}),
-    (SMOLLM2, {"tied": False, "hidden_size": 288}),
-    (pico_config("olmo", "tied-biases"), {"hidden_size": 16, "tied": False}),
-    (QWEN3, {"num_hidden_layers": 20}),
-]
-
-
-@pytest.mark.parametrize(("config", "asked"), ALLOWED)
-def test_only_what_shrinks_has_a_method(config, asked):
-    plan = shrink(config, **asked, method="slice")
-    assert plan.shrinks
-    assert plan.methods == {word: "slice" for word in SHRUNK if word in asked}
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"method": "magic"}, "magic"),
-        ({"method": "hypercloning"}, "hypercloning"),
-        ({"seed": -1}, "seed -1"),
-        ({"samples": 1}, "samples is 1"),
-        ({"samples": -5}, "samples is -5"),
-        ({"length": 0}, "windows of 0 tokens"),
-    ],
-)
-def test_options_that_do_not_exist_are_refused(options, named):
-    with pytest.raises(RecipeError, match=named):
-        shrink(SMOLLM2, intermediate_size=1024, **options)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"text": "wiki.txt", "samples": 8, "length": 64}, {"method": "slice", "seed": 2**40}]
-)
-@pytest.mark.parametrize("config", REAL.values(), ids=REAL)
-def test_a_plan_survives_its_file(config, options, tmp_path):
-    plan = shrink(config, intermediate_size=1024, tied=False, **options)
-    path = tmp_path / "plan.yaml"
-    path.write_text(plan.to_yaml(), encoding="utf-8")
-    assert Plan.from_yaml(path) == plan
-    assert Plan.from_yaml(path).to_yaml() == plan.to_yaml()
-    assert not {"split", "snr_db"} & plan.as_dict().keys()
-    check_plan(Plan.from_yaml(path), load_family(config["model_type"]), config)
-
-
-def test_a_growth_says_nothing_of_calibration():
-    family = load_family("llama")
-    plan = plan_growth("m", family, SMOLLM2, sizes_of(SMOLLM2).replace(intermediate_size=2048))
-    assert not plan.shrinks
-    assert list(plan.as_dict()) == [
-        "model", "family", "source", "target", "methods", "split", "snr_db", "seed", "dtype",
-    ]  # fmt: skip
-
-
-EDITS = {
-    "larger": ("  intermediate_size: 1024", "  intermediate_size: 2048", "larger than the source"),
-    "method": ("intermediate_size: reconstruct", "intermediate_size: magic", "magic"),
-    "no method": ("  intermediate_size: reconstruct\n", "", "None"),
-    "two methods": ("num_hidden_layers: reconstruct", "num_hidden_layers: slice", "different methods"),
-    "dtype": ("dtype: null", "dtype: BF16", "BF16"),
-    "samples": ("samples: 64", "samples: 1", "samples is 1"),
-    "samples a word": ("samples: 64", "samples: many", "samples of calibration is 'many'"),
-    "samples a truth": ("samples: 64", "samples: true", "samples of calibration is True"),
-    "text a number": ("text: null", "text: 3", "text of calibration is 3"),
-    "unknown key": ("  length: 512", "  width: 512", "calibration must have"),
-    "calibration a word": (
-        "calibration:\n  text: null\n  samples: 64\n  length: 512\n  refine: 0", "calibration: wiki", "calibration"
-    ),
-    "other model": ("family: llama", "family: qwen2", "another model"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("before", "after", "named"), EDITS.values(), ids=EDITS)
-def test_a_plan_that_was_edited_is_checked_again(before, after, named, tmp_path):
-    text = shrink(SMOLLM2, intermediate_size=1024, num_hidden_layers=20).to_yaml()
-    assert before in text
-    (tmp_path / "plan.yaml").write_text(text.replace(before, after))
-    with pytest.raises(DslmError, match=named):
-        check_plan(Plan.from_yaml(tmp_path / "plan.yaml"), load_family("llama"), SMOLLM2)
-
-
-# ---------------------------------------------------------------- cards
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("/home/me/wiki.txt", "wiki.txt"),
-        ("data/wiki.txt", "wiki.txt"),
-        ("~/wiki.jsonl", "wiki.jsonl"),
-        ("./wiki", "wiki"),
-        ("owner/data-v1.5", "owner/data-v1.5"),
-        ("a/b/c", "c"),
-        ("wiki.txt", "wiki.txt"),
-    ],
-)
-def test_the_place_of_a_text_is_nobodys_business(text, name):
-    assert calibration_name(text) == name
-
-
-def test_the_command_and_the_card_of_a_shrink():
-    plan = shrink(
-        SMOLLM2, intermediate_size=1024, num_hidden_layers=20, tied=False, text="/home/me/wiki.txt", seed=3
-    )
-    assert command_of(plan) == (
-        "dslm down m --intermediate-size 1024 --num-hidden-layers 20 --untie --method reconstruct "
-        "--calibration wiki.txt --samples 64 --sequence-length 512 --seed 3"
-    )
-    assert "--calibration" not in command_of(shrink(SMOLLM2, intermediate_size=1024))
-    card = render_card("small", plan, (200, 100), {}, {}, {"perplexity": 3.25})
-    assert "least squares towards the sliced weights, see how-it-works" in card
-    assert "Calibration: wiki.txt, 64 windows of 512 tokens. Seed: 3." in card
-    assert "/home/me" not in card + without_places(plan).to_yaml()
-    assert "Split" not in card
-    sliced = render_card("small", shrink(SMOLLM2, intermediate_size=1024, method="slice"), (2, 1), {}, {}, {})
-    assert "[slice](https://arxiv.org/abs/2407.14679)" in sliced
-    assert "text that the model wrote itself" in sliced

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from dslm.checkpoint.reader import open_folder
 from dslm.families.axes import Role
+from dslm.families.units import unit_parts
 from dslm.shrink.fold import Stored
 from dslm.shrink.redundancy import exact_stage
-from dslm.shrink.units import unit_parts
 from dslm.sizes import Sizes, differing
 from dslm.verify.units import Shuffle, parts_of
 from growing import dimensions_of, draw_target, grow, grow_or_nearest, load, logits, off

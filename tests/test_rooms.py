@@ -11,7 +11,7 @@ import dslm
 
 ROOT = Path(dslm.__file__).parent
 ORDER = [
-    {"errors"},
+    {"errors", "progress"},
     {"families"},
     {"sizes"},
     {"plan_shrink"},

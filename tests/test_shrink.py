@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 import pico
 import shrinking
 from dslm.checkpoint.reader import open_folder
+from dslm.errors import DslmError
 from dslm.plan import plan_shrink
+from dslm.shrink import walk as walk_module
 from dslm.shrink.down import shrink_checkpoint
 from dslm.shrink.fold import Stored
 from dslm.shrink.rebuild import rebuild
@@ -127,3 +129,17 @@ def test_dropped_layers_are_made_up_for_by_the_block_before_them(tmp_path):
         )
         errors[drift] = found.errors[0]
     assert errors[True] < 0.8 * errors[False]
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "taken"), [("auto", "mps", "cpu"), ("auto", "cuda", "cuda"), ("cpu", "cpu", "cpu")]
+)
+def test_a_shrink_runs_where_float64_is(asked, there, taken, monkeypatch):
+    monkeypatch.setattr(walk_module, "pick_device", lambda name: torch.device(there))
+    assert walk_module.walking_device(asked) == torch.device(taken)
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    monkeypatch.setattr(walk_module, "pick_device", torch.device)
+    with pytest.raises(DslmError, match="--device cpu"):
+        walk_module.walking_device("mps")

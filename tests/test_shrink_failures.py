@@ -26,7 +26,7 @@ from dslm.plan import plan_shrink
 from dslm.shrink import down, rebuild, streams
 from dslm.shrink.calibrate import Calibration
 from dslm.shrink.fold import Stored
-from test_bad_input import nothing_happens, one_line
+from refusing import nothing_happens, one_line
 
 SIZES = ["--intermediate-size", "30", "--hidden-size", "24", "--num-hidden-layers", "2", "--samples", "8"]
 SIZES += ["--sequence-length", "16", "-q"]

@@ -1,50 +1,22 @@
-"""The search for a size: what users type, what the sources' proportions give, and what a plan file holds."""
+"""The search for a size: what users type, and what the sources' proportions give."""
 
 from __future__ import annotations
 
-import copy
 from fractions import Fraction
 from math import prod
-from pathlib import Path
 
 import pytest
 
 import pico
+from configs import GEMMA3, PYTHIA, QWEN3, REAL, SMOLLM2, pico_config, total
 from dslm.checkpoint.oracle import expected_shapes
-from dslm.errors import DslmError, RecipeError, SizeError
+from dslm.errors import SizeError
 from dslm.families import family_names, load_family
-from dslm.plan import Plan, check_growth, plan_growth
-from dslm.sizes import Sizes, check_legal, count_parameters
+from dslm.plan import check_growth
+from dslm.sizes import Sizes, check_legal
 from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled, with_hidden
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-SMOLLM2 = {
-    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-}  # fmt: skip
-QWEN3 = {
-    "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-PYTHIA = {
-    "model_type": "gpt_neox", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
-    "num_attention_heads": 8, "vocab_size": 50304, "tie_word_embeddings": False,
-}  # fmt: skip
-GEMMA3 = {
-    "model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
-    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
-}  # fmt: skip
-REAL = {"smollm2": SMOLLM2, "qwen3": QWEN3, "pythia": PYTHIA, "gemma3": GEMMA3}
-
-
-def pico_config(name: str, variant: str) -> dict:
-    return {"model_type": name, **copy.deepcopy(pico.PICO[name][variant])}
-
-
-def total(config: dict) -> int:
-    return count_parameters(load_family(config["model_type"]), config)["total"]
-
 
 # ---------------------------------------------------------------- what users type
 
@@ -307,125 +279,3 @@ def test_like_refuses_what_growing_cannot_change(word):
     with pytest.raises(SizeError, match=word) as caught:
         like(source, source.replace(**{word: getattr(source, word) * 2}))
     assert caught.value.hint
-
-
-# ---------------------------------------------------------------- plans
-
-UNGROWN = [
-    ({"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}, "dslm down"),
-    ({"intermediate_size": 1535}, "dslm down"),
-    ({"num_attention_heads": 6}, "dslm down"),
-    ({"num_key_value_heads": 1}, "dslm down"),
-    ({"num_hidden_layers": 31}, "num_hidden_layers"),
-    ({"num_hidden_layers": 29}, "num_hidden_layers"),
-    ({"head_dim": 128}, "head_dim"),
-    ({"vocab_size": 50000}, "vocab_size"),
-    ({"hidden_size": 0}, "hidden_size"),
-    ({"hidden_size": -1}, "hidden_size"),
-    ({"intermediate_size": 0}, "intermediate_size"),
-]
-
-
-@pytest.mark.parametrize(("asked", "named"), UNGROWN)
-def test_a_target_that_is_no_growth_is_refused(asked, named):
-    family = load_family("llama")
-    target = Sizes.from_config(family, SMOLLM2).replace(**asked)
-    with pytest.raises(SizeError, match=named) as caught:
-        plan_growth("m", family, SMOLLM2, target)
-    assert caught.value.hint
-
-
-def test_two_tables_cannot_be_tied():
-    family = load_family("gpt_neox")
-    target = Sizes.from_config(family, PYTHIA).replace(tied=True)
-    with pytest.raises(SizeError, match="tied"):
-        plan_growth("m", family, PYTHIA, target)
-
-
-def test_a_stream_cannot_grow_to_the_width_of_a_projected_table():
-    """At equal widths OPT has no projections at all, so what they compute would be lost."""
-    config = pico_config("opt", "projected-untied") | {"word_embed_proj_dim": 48}
-    family = load_family("opt")
-    target = scaled(family, config, Fraction(3, 2), Fraction(1))
-    with pytest.raises(DslmError, match="word_embed_proj_dim"):
-        plan_growth("m", family, config, target)
-
-
-@pytest.mark.parametrize("options", [{"method": "magic"}, {"seed": -1}])
-def test_options_that_do_not_exist_are_refused(options):
-    family = load_family("llama")
-    target = scaled(family, SMOLLM2, Fraction(2), Fraction(2))
-    with pytest.raises(RecipeError) as caught:
-        plan_growth("m", family, SMOLLM2, target, **options)
-    assert str(next(iter(options.values()))) in str(caught.value)
-
-
-PLANS = [
-    {},
-    {"method": "net2net", "seed": 7},
-    {"method": "padding", "split": "even", "dtype": "BF16"},
-    {"snr_db": 10.0, "seed": 2**40},
-]
-
-
-@pytest.mark.parametrize("options", PLANS)
-@pytest.mark.parametrize("config", REAL.values(), ids=REAL)
-def test_a_plan_survives_its_file(config, options, tmp_path):
-    family = load_family(config["model_type"])
-    target = scaled(family, config, Fraction(3, 2), Fraction(2)).replace(tied=False)
-    plan = plan_growth("owner/naïve: 'model'", family, config, target, **options)
-    path = tmp_path / "plan.yaml"
-    path.write_text(plan.to_yaml(), encoding="utf-8")
-    assert Plan.from_yaml(path) == plan
-    assert plan.methods.keys() == {
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-    }
-    assert Plan.from_yaml(path).to_yaml() == plan.to_yaml()
-
-
-def test_only_what_changes_has_a_method():
-    family = load_family("llama")
-    source = Sizes.from_config(family, SMOLLM2)
-    assert not plan_growth("m", family, SMOLLM2, source).methods
-    wider = plan_growth("m", family, SMOLLM2, source.replace(intermediate_size=2048), method="padding")
-    assert wider.methods == {"intermediate_size": "padding"}
-
-
-def _plan_text() -> str:
-    family = load_family("llama")
-    return plan_growth("m", family, SMOLLM2, scaled(family, SMOLLM2, Fraction(2), Fraction(2))).to_yaml()
-
-
-NO_PLANS = {
-    "empty": b"",
-    "text": b"grow it please",
-    "number": b"3",
-    "list": b"- 1\n- 2\n",
-    "not YAML": b"{a: [",
-    "not text": b"\xff\xfe\x00\x80",
-    "sizes missing": b"model: m\nfamily: llama\n",
-    "sizes a number": b"model: m\nfamily: llama\nsource: 3\ntarget: 4\nmethods: {}\n",
-    "unknown key": _plan_text().encode() + b"colour: red\n",
-    "size unknown": _plan_text().replace("  hidden_size", "  hiden_size").encode(),
-    "size a word": _plan_text().replace("hidden_size: 1152", "hidden_size: wide").encode(),
-    "size a fraction": _plan_text().replace("hidden_size: 1152", "hidden_size: 1152.5").encode(),
-    "object": b"!!python/object/apply:os.system ['true']",
-}
-
-
-@pytest.mark.parametrize("content", NO_PLANS.values(), ids=NO_PLANS)
-def test_what_is_no_plan_is_refused_by_its_file(content, tmp_path):
-    path = tmp_path / "plan.yaml"
-    path.write_bytes(content)
-    with pytest.raises(RecipeError, match=r"plan\.yaml") as caught:
-        Plan.from_yaml(path)
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize("place", ["absent.yaml", "."])
-def test_a_plan_that_cannot_be_read_is_named(place, tmp_path):
-    with pytest.raises(RecipeError, match="cannot read"):
-        Plan.from_yaml(Path(tmp_path / place))

@@ -18,9 +18,9 @@ from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.writer import Planned, Writer, check_output
 from dslm.families import Tensor
 from dslm.plan import Plan
+from dslm.progress import Progress
 from dslm.sizes import count_parameters
 
-Progress = Callable[[str, int, int], None]
 Check = Callable[[Path], Mapping[str, Any]]
 Rows = Callable[[Tensor, Planned], Iterator[torch.Tensor]]
 
@@ -101,13 +101,15 @@ def write_output(
         for path, shard in writer.order:
             writer.start_shard(path, shard)
             for target in shard:
+                if verdict.done():  # a refusal need not wait for the last byte
+                    verdict.result()
                 writer.write(target, rows(layout[target.name], target))
                 done += target.nbytes
                 if progress is not None:
                     progress(label, done, total)
         _copy_small_files(writer, source, config)
         writer.seal()
-        verdict()
+        verdict.result()
         found = dict(measured or {}) | dict(check(writer.folder) if check is not None else {})
         _write_record(writer, source, plan, config, methods, found)
         if progress is not None:

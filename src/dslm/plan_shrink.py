@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import log
+from pathlib import Path
 from typing import Any
 
 from dslm.errors import RecipeError, SizeError
@@ -20,6 +22,11 @@ SHRUNK = (
 )
 SHRINK_METHODS = ("reconstruct", "slice")
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_TEXT_FILES = (
+    *(".jsonl", ".json", ".ndjson", ".json-lines", ".txt", ".text"),
+    *(".md", ".csv", ".tsv", ".parquet", ".gz", ".zst"),
+)
 _CALIBRATION: Mapping[str, type | tuple[type, ...]] = {
     "text": (str, type(None)),
     "samples": int,
@@ -167,6 +174,12 @@ def check_calibration(calibration: Mapping[str, Any]) -> None:
         raise RecipeError(f"refine is {calibration['refine']} steps", "give 0 or more")
     if calibration["length"] < 2:
         raise RecipeError(f"windows of {calibration['length']} tokens are too short", "512 is usual")
+
+
+def names_data_set(text: str) -> bool:
+    """Whether a calibration text is the id of a data set on the hub: ``owner/name``, and no file or like one."""
+    path = Path(text).expanduser()
+    return bool(_HUB_ID.fullmatch(text)) and path.suffix.lower() not in _TEXT_FILES and not path.exists()
 
 
 def wrong_calibration(calibration: object) -> str:

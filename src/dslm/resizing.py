@@ -13,14 +13,15 @@ import torch
 from dslm.checkpoint.config import with_dtype
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned
-from dslm.errors import CheckpointError, RecipeError
+from dslm.errors import RecipeError
 from dslm.families import Tensor
 from dslm.grow import METHODS
 from dslm.grow.apply import grown_rows
 from dslm.grow.maps import build_growth
 from dslm.grow.split import split_named
-from dslm.output import Check, Progress, check_place, origin, planned, write_output
+from dslm.output import Check, check_place, origin, planned, write_output
 from dslm.plan import Plan, check_plan
+from dslm.progress import Progress
 from dslm.sizes import count_parameters
 
 
@@ -90,7 +91,7 @@ def resize(
             tensor,
             growth.tensor_map(tensor),
             source.entries[name].shape[0],
-            partial(_read_finite, source, name),
+            partial(source.read_finite_rows, name),
             torch_dtype(target.dtype),
             split,
             plan.seed,
@@ -111,15 +112,3 @@ def resize(
     )
     counts = (count_parameters(source.family, c)["total"] for c in (source.config, config))
     return Resized(out, (next(counts), next(counts)), sum(t.nbytes for t in tensors), measured)
-
-
-def _read_finite(source: Checkpoint, name: str, start: int, stop: int) -> torch.Tensor:
-    """Rows of a source tensor, which must be numbers: a NaN would spread to every copy."""
-    rows = source.read_rows(name, start, stop)
-    low, high = torch.aminmax(rows)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise CheckpointError(
-            f"{source.name}: {name!r} holds NaN or infinite numbers in rows {start} to {stop - 1}",
-            "the checkpoint is broken; use one from before that",
-        )
-    return rows

@@ -14,7 +14,7 @@ from dslm.families.family import Config
 from dslm.sizes import FRIENDLY, Sizes, check_legal, count_parameters, is_legal
 
 _WIDEST = 8
-_LARGEST_MULTIPLIER = 1000
+_LARGEST_FACTOR = 1000
 _LARGEST_COUNT = 10**15
 _FARTHEST = 0.5
 _LONGEST = 30
@@ -45,16 +45,30 @@ def parse_multiplier(text: str) -> Fraction:
     Raises:
         SizeError: it is not a number, or is smaller than 1.
     """
+    return parse_factor("multiplier", text, "up only grows; dslm down shrinks")
+
+
+def parse_factor(word: str, text: str, below_one: str) -> Fraction:
+    """A multiplier or divisor of at least 1, exactly.
+
+    Args:
+        word: what it is called.
+        text: what was given.
+        below_one: what to do where it is smaller than 1.
+
+    Raises:
+        SizeError: it is not a number, smaller than 1, or larger than any use.
+    """
     try:
         value = parse_number(text)
     except (ValueError, ZeroDivisionError) as error:
-        raise SizeError(f"multiplier {text!r} is not a number", "give one such as 2, 1.5 or 4/3") from error
+        raise SizeError(f"{word} {text!r} is not a number", "give one such as 2, 1.5 or 4/3") from error
     if value <= 0:
-        raise SizeError(f"multiplier {text} is not positive", "give 1 or more")
+        raise SizeError(f"{word} {text} is not positive", "give 1 or more")
     if value < 1:
-        raise SizeError(f"multiplier {text} is smaller than 1", "up only grows; dslm down shrinks")
-    if value > _LARGEST_MULTIPLIER:
-        raise SizeError(f"multiplier {text} is too large", f"give at most {_LARGEST_MULTIPLIER}")
+        raise SizeError(f"{word} {text} is smaller than 1", below_one)
+    if value > _LARGEST_FACTOR:
+        raise SizeError(f"{word} {text} is too large", f"give at most {_LARGEST_FACTOR}")
     return value
 
 

@@ -12,15 +12,14 @@ from dslm.families import Family
 from dslm.families.family import Config
 from dslm.plan_shrink import head_pairs, layers_can_go, stream_can_shrink
 from dslm.sizes import FRIENDLY, Sizes, count_parameters, is_legal
-from dslm.targets import Candidate, parse_number
+from dslm.targets import Candidate, parse_factor, parse_number
 
-_LARGEST_DIVISOR = 1000
 _FINE = 16
 _NEAR = 0.01  # shapes that miss by more come after all others
 _UNFRIENDLY = {256: 0.0, 128: 0.001, 64: 0.002, 1: 0.004}
 
 # Damage of keeping the share s of a dimension: even and quadratic in -log s for layers and FFN units, so that both are
-# cut mildly rather than one deeply; heads and stream cost from the start. Set by what measured best on SmolLM2-135M.
+# cut mildly rather than one deeply; heads and stream cost from the start. Set by hand, from few shapes of SmolLM2-135M.
 _LAYERS, _UNITS = 1.7, 1.0
 _HEADS, _HEADS_AT_ONCE = 1.0, 0.4
 _STREAM, _STREAM_AT_ONCE = 1.0, 1.35
@@ -32,17 +31,7 @@ def parse_divisor(text: str) -> Fraction:
     Raises:
         SizeError: it is not a number, or is smaller than 1.
     """
-    try:
-        value = parse_number(text)
-    except (ValueError, ZeroDivisionError) as error:
-        raise SizeError(f"divisor {text!r} is not a number", "give one such as 2, 1.5 or 4/3") from error
-    if value <= 0:
-        raise SizeError(f"divisor {text} is not positive", "give 1 or more")
-    if value < 1:
-        raise SizeError(f"divisor {text} is smaller than 1", "down only shrinks; dslm up grows")
-    if value > _LARGEST_DIVISOR:
-        raise SizeError(f"divisor {text} is too large", f"give at most {_LARGEST_DIVISOR}")
-    return value
+    return parse_factor("divisor", text, "down only shrinks; dslm up grows")
 
 
 def parse_share(text: str) -> Fraction:

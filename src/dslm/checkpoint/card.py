@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,17 +14,13 @@ import yaml
 
 from dslm.checkpoint.config import DTYPE_NAMES
 from dslm.plan import Plan
+from dslm.plan_shrink import names_data_set
 from dslm.sizes import differing
 
 _EXPLAINED = {
     "reconstruct": "reconstruct: least squares towards the sliced weights, see how-it-works",
     "slice": "[slice](https://arxiv.org/abs/2407.14679)",
 }
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_TEXT_FILES = (
-    *(".jsonl", ".json", ".ndjson", ".json-lines", ".txt", ".text"),
-    *(".md", ".csv", ".tsv", ".parquet", ".gz", ".zst"),
-)
 
 
 def command_of(plan: Plan) -> str:
@@ -52,9 +47,7 @@ def command_of(plan: Plan) -> str:
 
 def calibration_name(text: str) -> str:
     """What card and record call a calibration text: a data set by its id, a file by its name without its place."""
-    path = Path(text).expanduser()
-    is_id = _HUB_ID.fullmatch(text) and path.suffix.lower() not in _TEXT_FILES and not path.exists()
-    return text if is_id else path.name
+    return text if names_data_set(text) else Path(text).name
 
 
 def without_places(plan: Plan) -> Plan:

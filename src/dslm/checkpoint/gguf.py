@@ -9,15 +9,13 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dslm.checkpoint.reader import Checkpoint, open_folder
 from dslm.checkpoint.writer import sync
 from dslm.errors import CheckpointError, MissingExtraError
-
-Progress = Callable[[str, int, int], None]
+from dslm.progress import Progress
 
 _FORMAT = 1
 """Part of every cache key: raised when the conversion changes what it writes."""

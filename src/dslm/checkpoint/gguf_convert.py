@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from dslm.checkpoint.headers import read_json
 from dslm.checkpoint.reader import read_entries
 from dslm.errors import CheckpointError
 from dslm.families import family_of
-
-Progress = Callable[[str, int, int], None]
+from dslm.progress import Progress
 
 _NOT_CONFIG = ("_model_name_or_path", "_name_or_path", "unk_token_id", "quantization_config")
 _WHOLE_DIGITS = ("gpt-2", "gpt2", "default", "olmo")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from dslm.checkpoint.headers import Entry, read_json
 from dslm.checkpoint.reader import Checkpoint, describe, open_folder
 from dslm.errors import CheckpointError
 from dslm.families import family_of
-
-Progress = Callable[[str, int, int], None]
+from dslm.progress import Progress
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BESIDE_WEIGHTS = [

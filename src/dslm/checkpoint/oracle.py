@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -59,7 +59,7 @@ def check_against_oracle(config: Mapping[str, Any], shapes: Mapping[str, tuple[i
 @contextmanager
 def checking_beside(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[Future[None]]:
     """`check_against_oracle` beside other work, because importing transformers costs as much as a small resize.
 
     Where transformers is imported already the check takes milliseconds and comes first. Elsewhere a forked process
@@ -67,11 +67,13 @@ def checking_beside(
     leaves to it meanwhile. (A thread would fight for the interpreter lock.)
 
     Yields:
-        A function that waits for the verdict and raises what the check raised. Call it before the result is used.
+        The verdict: its ``result()`` raises what the check raised. Ask for it before what was checked is used.
     """
     if "transformers" in sys.modules or not sys.platform.startswith("linux"):
         check_against_oracle(config, shapes)
-        yield lambda: None
+        passed: Future[None] = Future()
+        passed.set_result(None)
+        yield passed
         return
     import torch
 
@@ -82,6 +84,6 @@ def checking_beside(
         verdict: Future[None] = helper.submit(check_against_oracle, config, shapes)
         torch.set_num_threads(max(1, threads - 1))
         try:
-            yield verdict.result
+            yield verdict
         finally:
             torch.set_num_threads(threads)

@@ -75,6 +75,23 @@ class Checkpoint:
         flat = torch.frombuffer(buffer, dtype=torch_dtype(entry.dtype))
         return flat.view(stop - start, *entry.shape[1:])
 
+    def read_finite_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """`read_rows`, refusing what is no number: a NaN would spread to everything that is computed from it.
+
+        Raises:
+            CheckpointError: they hold NaN or infinite numbers, or the file has become shorter.
+        """
+        import torch
+
+        rows = self.read_rows(name, start, stop)
+        low, high = torch.aminmax(rows)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CheckpointError(
+                f"{self.name}: {name!r} holds NaN or infinite numbers in rows {start} to {stop - 1}",
+                "the checkpoint is broken; use one from before that",
+            )
+        return rows
+
     def _fill(self, entry: Entry, buffer: bytearray, position: int) -> None:
         if entry.file is None:
             raise CheckpointError(

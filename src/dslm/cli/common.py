@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dslm.cli import interrupt
+from dslm.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dslm.checkpoint.reader import Checkpoint
 
-Progress = Callable[[str, int, int], None]
-"""What the library calls while it works: label, done, total."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

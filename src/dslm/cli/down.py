@@ -14,16 +14,23 @@ from dslm.cli.sizes import (
     change_facts,
     change_rows,
     default_output,
+    dry_run_option,
+    output_option,
+    overwrite_option,
+    plan_option,
     recorded_name,
     refuse_beside_plan,
     refuse_two_ways,
+    seed_option,
     size_options,
     sizes_of,
+    untie_option,
 )
 from dslm.errors import RecipeError
 from dslm.load import DEVICES
 from dslm.plan import SHRINK_METHODS, SHRUNK, Plan, check_plan, plan_shrink
-from dslm.report.shapes import SHAPE_HEADER, perplexity, shape_facts, shape_rows
+from dslm.report.shapes import SHAPE_HEADER, shape_facts, shape_rows
+from dslm.report.shrunk import perplexity_rows, shrunk_facts, worst_blocks
 from dslm.report.tables import columns_table
 from dslm.sizes import Sizes, count_parameters
 from dslm.targets import parse_count
@@ -31,22 +38,14 @@ from dslm.targets_down import divided, like_smaller, parse_divisor, parse_share,
 
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
-    from dslm.shrink.down import Shrunk
     from dslm.shrink.search import Scored
 
-_WORST = 3  # blocks shown with the largest error
 _SHOWN = 8  # shapes of a search
 
 
 @click.command(short_help="Shrink a model.")
 @model_argument
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="OUT",
-    help="Folder to write. [default: NAME-SIZE]",
-)
+@output_option
 @click.option(
     "-edd",
     "--embed-dim-divisor",
@@ -66,9 +65,7 @@ _SHOWN = 8  # shapes of a search
     help="With --params or --keep-ratio: how many shapes to build and measure; 0 takes the first of dslm plan.",
 )
 @click.option("--like", "like_model", metavar="MODEL", help="Shrink to the shape of another model.")
-@click.option(
-    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Do what a plan file says."
-)
+@plan_option
 @click.option(
     "--method",
     type=click.Choice(SHRINK_METHODS),
@@ -103,8 +100,8 @@ _SHOWN = 8  # shapes of a search
     metavar="TEXT",
     help="Another text file, to report the perplexity on.",
 )
-@click.option("--untie", is_flag=True, help="Give the output its own table.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")
+@untie_option
+@seed_option
 @click.option(
     "--device",
     type=click.Choice(DEVICES),
@@ -112,8 +109,8 @@ _SHOWN = 8  # shapes of a search
     show_default=True,
     help="Where to run; auto: a GPU if there is one.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing OUT.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done and write nothing.")
+@overwrite_option
+@dry_run_option
 @output_options
 def command(
     model: str,
@@ -165,7 +162,7 @@ def command(
         done = shrink_checkpoint(
             source, plan, out, check=check, overwrite=overwrite, device=device, progress=progress
         )
-    _report(facts | _measured(done) | {"output": str(out)}, as_json)
+    _report(facts | shrunk_facts(done) | {"output": str(out)}, as_json)
 
 
 def _check_search(
@@ -201,6 +198,7 @@ def _search(source: Checkpoint, options: dict[str, Any], device: str, *, quiet: 
             samples=options["samples"],
             length=options["sequence_length"],
             seed=options["seed"],
+            device=device,
             progress=progress,
         )
         return search(
@@ -266,26 +264,6 @@ def _wanted(source: Checkpoint, options: dict[str, Any]) -> int:
     return round(parse_share(options["keep_ratio"]) * count_parameters(source.family, source.config)["total"])
 
 
-def _measured(done: Shrunk) -> dict[str, Any]:
-    losses = {
-        text: {
-            "loss": {"before": before, "after": after},
-            "perplexity": {"before": perplexity(before), "after": perplexity(after)},
-        }
-        for text, (before, after) in done.losses.items()
-    }
-    return {
-        "bytes": done.nbytes,
-        "removed_without_loss": dict(done.removed),
-        "layers": list(done.layers),
-        "texts": losses,
-        "block_errors": list(done.errors),
-        "tokens": done.tokens,
-        "origin": done.origin,
-        "seconds": done.seconds,
-    }
-
-
 def _report(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
@@ -312,23 +290,8 @@ def _print_measured(facts: dict[str, Any]) -> None:
         out.print("nothing was approximated: it computes the same function")
         return
     out.print()
-    rows = [
-        (
-            f"  {_TEXTS.get(text, text)}",
-            f"{p['before']:.3f}",
-            f"{p['after']:.3f}",
-            f"x {p['after'] / p['before']:.3f}",
-        )
-        for text, p in ((text, found["perplexity"]) for text, found in facts["texts"].items())
-    ]
-    out.print(columns_table(("perplexity on", "before", "after", ""), rows))
+    out.print(columns_table(("perplexity on", "before", "after", ""), perplexity_rows(facts["texts"])))
     if facts["tokens"]:
         out.print(f"fitted on {facts['tokens']:,} tokens of {facts['origin']}")
-    errors = facts["block_errors"]
-    worst = sorted(range(len(errors)), key=lambda block: -errors[block])[:_WORST]
-    if worst:
-        shown = ", ".join(f"block {block} {errors[block]:.3g}" for block in worst)
-        out.print(f"largest relative squared error of the stream: {shown}")
-
-
-_TEXTS = {"held-out": "held-out calibration text", "check": "check text"}
+    if facts["block_errors"]:
+        out.print(f"largest relative squared error of the stream: {worst_blocks(facts['block_errors'])}")

@@ -84,7 +84,9 @@ def main() -> None:
     # Imports make hundreds of thousands of objects that all stay; looking through them for garbage again and again
     # takes a fifth of the time that torch and transformers need to import.
     gc.set_threshold(100_000, 50, 1000)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # nor need the interpreter look through them once more before it ends
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -22,6 +22,21 @@ FREE_BESIDE_PLAN = frozenset(
 )
 """Options that say nothing about the target."""
 
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Folder to write. [default: NAME-SIZE]",
+)
+plan_option = click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Do what a plan file says."
+)
+untie_option = click.option("--untie", is_flag=True, help="Give the output its own table.")
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing OUT.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done and write nothing.")
+
 
 def size_options(words: Sequence[str]) -> Callable[[Any], Any]:
     """Give a command an option for each size, by its config word."""

@@ -23,11 +23,17 @@ from dslm.cli.sizes import (
     change_facts,
     change_rows,
     default_output,
+    dry_run_option,
+    output_option,
+    overwrite_option,
+    plan_option,
     recorded_name,
     refuse_beside_plan,
     refuse_two_ways,
+    seed_option,
     size_options,
     sizes_of,
+    untie_option,
 )
 from dslm.errors import RecipeError, VerificationError
 from dslm.plan import GROWN, METHOD_NAMES, Plan, check_plan, plan_growth
@@ -37,18 +43,12 @@ from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled
 
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
-    from dslm.cli.common import Progress
+    from dslm.progress import Progress
 
 
 @click.command(short_help="Grow a model.")
 @model_argument
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="OUT",
-    help="Folder to write. [default: NAME-SIZE]",
-)
+@output_option
 @click.option(
     "-edm",
     "--embed-dim-multiplier",
@@ -59,9 +59,7 @@ if TYPE_CHECKING:
 @size_options(GROWN)
 @click.option("--params", metavar="COUNT", help="Grow to about this many parameters: 360M, 1.5B.")
 @click.option("--like", "like_model", metavar="MODEL", help="Grow to the widths of another model.")
-@click.option(
-    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Do what a plan file says."
-)
+@plan_option
 @click.option(
     "--method",
     type=click.Choice(METHOD_NAMES),
@@ -82,8 +80,8 @@ if TYPE_CHECKING:
     metavar="DB",
     help="Split evenly and add the HyperCloning paper's noise at this level.",
 )
-@click.option("--untie", is_flag=True, help="Give the output its own table.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")
+@untie_option
+@seed_option
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPE_NAMES.values())),
@@ -94,8 +92,8 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Compare the result with the source, and fail unless it is the same function and alive.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing OUT.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done and write nothing.")
+@overwrite_option
+@dry_run_option
 @output_options
 def command(
     model: str,

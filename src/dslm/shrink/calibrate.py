@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import random
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
-from dslm.errors import CheckpointError, MissingExtraError, RecipeError
+from dslm.errors import CheckpointError, RecipeError
 from dslm.load import has_tokenizer, load_model, load_tokenizer
-
-Progress = Callable[[str, int, int], None]
+from dslm.progress import Progress
+from dslm.shrink.texts import CHARACTERS, file_documents, read_documents
 
 OPENINGS = (
     "The history of the city begins", "In mathematics, a", "Photosynthesis is the process by which",
@@ -35,13 +31,6 @@ OPENINGS = (
 _SHORTEST = 16  # tokens in a window: below that attention has nothing to attend to
 _SHARE = 8  # one window in so many is held out
 _BATCH = 16  # windows written at once
-_CHARACTERS = 8  # read from a hub data set for each token wanted; most texts need four
-_DOCUMENTS = 64  # at least so many from a hub data set
-_ROWS = (".jsonl", ".json", ".ndjson", ".json-lines")
-_FILES = (*_ROWS, ".txt", ".text", ".md", ".csv", ".tsv", ".parquet", ".gz", ".zst")
-_LOCAL = ("/", "./", "../", "~")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_TITLE = re.compile(r"^ ?= (?!= )[^\n]*(?<! =) = ?$", re.MULTILINE)  # " = Title = ", not " = = Section = = "
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +55,7 @@ def calibration(
     samples: int,
     length: int,
     seed: int,
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> Calibration:
     """Windows of calibration tokens; the same for the same seed.
@@ -82,6 +72,7 @@ def calibration(
         samples: windows in all, held-out ones included; fewer where the text is short.
         length: tokens in a window, cut to the model's positions.
         seed: of the order of documents and of what the model writes.
+        device: where the model runs if it writes the text; one of `dslm.load.DEVICES`.
         progress: called with a label, what is done and what there is in all: characters read, tokens written.
 
     Raises:
@@ -93,10 +84,10 @@ def calibration(
         raise RecipeError(f"samples is {samples}", "at least 2: one window to fit on and one to check")
     length = _window_length(checkpoint, length)
     if source is None:
-        written = _self_written(checkpoint, samples, length, seed, progress)
+        written = _self_written(checkpoint, samples, length, seed, device, progress)
         return Calibration(*_cut(written), "text that the model wrote itself")
     reader = _reader(checkpoint, length)
-    documents, origin = _documents(source, samples * length, progress)
+    documents, origin = read_documents(source, CHARACTERS * samples * length, progress)
     random.Random(seed).shuffle(documents)
     return Calibration(*_split(reader, documents, samples, origin), origin)
 
@@ -120,7 +111,7 @@ def check_windows(checkpoint: Checkpoint, path: Path, *, length: int, limit: int
     if limit < 1:
         raise RecipeError(f"{limit} windows are too few", "ask for at least one")
     reader = _reader(checkpoint, _window_length(checkpoint, length))
-    documents = _file_documents(path)
+    documents = file_documents(path)
     windows = reader.pack(iter(documents), limit)
     if len(windows) < 1:
         raise _too_short(reader, documents, f"the file {path}", 1)
@@ -140,7 +131,7 @@ class _Reader:
 
     def ids(self, document: str, limit: int) -> list[int]:
         """Token ids of a document, or of enough of its beginning to give ``limit`` tokens."""
-        cut = _CHARACTERS * limit
+        cut = CHARACTERS * limit
         while True:
             # verbose=False: a text longer than the context is meant to be cut into windows.
             read = self.tokenizer(document[:cut], add_special_tokens=False, verbose=False)
@@ -218,100 +209,8 @@ def _too_short(reader: _Reader, documents: list[str], origin: str, windows: int)
     )
 
 
-def _documents(source: str, tokens: int, progress: Progress | None) -> tuple[list[str], str]:
-    """The documents of a source, each once, and in words what it is."""
-    path = Path(source).expanduser()
-    looks_local = source.startswith(_LOCAL) or path.suffix.lower() in _FILES
-    if path.exists() or looks_local or not _HUB_ID.fullmatch(source):
-        return _file_documents(path), f"the file {source}"
-    return _hub_documents(source, _CHARACTERS * tokens, progress), f"the data set {source} on the hub"
-
-
-def _file_documents(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise RecipeError(
-            f"there is no file {path}", "give a text file or a data set's owner/name"
-        ) from error
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})", "give a text file") from error
-    if "\0" in text:
-        raise RecipeError(f"{path} is a binary file", "give a text file")
-    if path.suffix.lower() in _ROWS:
-        # Not splitlines: JSON strings may hold the other line ends of Unicode.
-        lines = enumerate(text.split("\n"), start=1)
-        documents = [_row_text(line, f"line {number} of {path}") for number, line in lines if line.strip()]
-    else:
-        starts = [0, *(match.start() for match in _TITLE.finditer(text)), len(text)]
-        documents = [text[a:b] for a, b in pairwise(starts)]
-    kept = list(dict.fromkeys(document for document in documents if document.strip()))
-    if not kept:
-        raise RecipeError(f"{path} is empty", "give a file with text in it")
-    return kept
-
-
-def _row_text(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RecipeError(f"{where} is not JSON: {error}", "write one JSON object on each line") from error
-    if not isinstance(row, dict):
-        raise RecipeError(f"{where} is not a JSON object", 'write rows like {"text": "..."}')
-    return _text_of(row, where)
-
-
-def _text_of(row: dict[str, Any], where: str) -> str:
-    """The text of a row, or what its messages say, a blank line between them."""
-    text, messages = row.get("text"), row.get("messages")
-    if isinstance(text, str):
-        return text
-    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-        said = [message.get("content") for message in messages]
-        return "\n\n".join(content for content in said if isinstance(content, str))
-    keys = ", ".join(map(repr, row)) or "no keys"
-    raise RecipeError(f"{where} has {keys}", "the text must be under 'text', or in 'messages'")
-
-
-def _hub_documents(source: str, characters: int, progress: Progress | None) -> list[str]:
-    """The first documents of a data set, enough for so many characters."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError
-
-    if constants.HF_HUB_OFFLINE:
-        hint = "unset HF_HUB_OFFLINE to read it from the hub, or give a text file"
-        raise RecipeError(f"{source} is no file here, and HF_HUB_OFFLINE is set", hint)
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise MissingExtraError(
-            f"reading {source} from the hub needs a package that is not installed", "pip install datasets"
-        ) from error
-    documents: dict[str, None] = {}
-    size = 0
-    try:
-        for number, row in enumerate(datasets.load_dataset(source, split="train", streaming=True), start=1):
-            text = _text_of(row, f"row {number} of {source}")
-            if text.strip() and text not in documents:
-                documents[text] = None
-                size += len(text)
-            if progress is not None:
-                progress(f"reading {source}", min(size, characters), characters)
-            if size >= characters and len(documents) >= _DOCUMENTS:
-                break
-    except (HTTPError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = " ".join(str(error).split())[:300]
-        hint = "check the spelling (owner/name) and the network, or give a text file"
-        raise RecipeError(f"{source} is no file and cannot be read from the hub: {why}", hint) from error
-    if not documents:
-        raise RecipeError(f"the data set {source} is empty", "give one with text in it")
-    return list(documents)
-
-
 def _self_written(
-    checkpoint: Checkpoint, samples: int, length: int, seed: int, progress: Progress | None
+    checkpoint: Checkpoint, samples: int, length: int, seed: int, device: str, progress: Progress | None
 ) -> Tensor:
     """What the model writes, int64 ``[samples, length]``; every second window goes on from an opening."""
     reader = _reader(checkpoint, length) if has_tokenizer(checkpoint) else None
@@ -321,7 +220,7 @@ def _self_written(
         openings = random.Random(seed).sample(OPENINGS, len(OPENINGS))
         ids = [(reader.start + reader.ids(opening, length))[: length // 2] for opening in openings]
         starts = [start for opening in ids for start in (alone, opening)]
-    model = load_model(checkpoint, device="auto")
+    model = load_model(checkpoint, device=device)
     generator = torch.Generator().manual_seed(seed)
     written = torch.zeros(samples, length, dtype=torch.int64)
     for begin in range(0, samples, _BATCH):

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from dslm.checkpoint.gguf import cache_folder
 from dslm.errors import VerificationError
-from dslm.load import pick_device
 from dslm.output import headers_hash
 from dslm.plan_shrink import layers_can_go, stream_can_shrink
+from dslm.progress import Progress
 from dslm.shrink.fold import Fold, Folded, Key, Stored, axis_fold
-from dslm.shrink.rebuild import Progress, Windows, mean_loss
+from dslm.shrink.rebuild import Windows
 from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
 from dslm.shrink.survey import choose_stream, few, removal_losses
 from dslm.shrink.tap import tap, writes_stream
-from dslm.shrink.walk import Walk
+from dslm.shrink.walk import Walk, mean_loss, walking_device
 from dslm.sizes import Sizes, is_legal
 
 AXES = ("layers", "units", "kv_groups", "group_heads", "stream")
@@ -259,7 +259,7 @@ def captured(
     sizes = Sizes.from_config(weights.family, weights.config)
     found = _read_cache(place, sizes)
     if found is None:
-        found = capture(Walk(weights, pick_device(device)), ids_BT, sizes, progress)
+        found = capture(Walk(weights, walking_device(device)), ids_BT, sizes, progress)
         _write_cache(place, found)
     return found
 

@@ -15,24 +15,20 @@ from dslm.checkpoint.config import with_dtype
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned
 from dslm.families import Tensor
-from dslm.load import pick_device
-from dslm.output import Progress, check_place, planned, write_output
+from dslm.output import check_place, planned, write_output
 from dslm.plan import Plan, check_plan
+from dslm.progress import Progress
 from dslm.shrink.calibrate import calibration, check_windows
 from dslm.shrink.fold import Stored, Weights
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.survey import choose_layers, choose_stream, few
-from dslm.shrink.walk import Walk
+from dslm.shrink.walk import Walk, walking_device
 from dslm.sizes import Sizes, count_parameters
 
 CHECK_WINDOWS = 32
 """Windows of a check text that are read for the report."""
-CITATIONS = {
-    "reconstruct": "https://arxiv.org/abs/2407.14679",
-    "slice": "https://arxiv.org/abs/2407.14679",
-}
 _CHUNK_BYTES = 16 << 20
 
 
@@ -130,7 +126,7 @@ def shrink_checkpoint(
             out,
             rows,
             label="writing",
-            methods=CITATIONS,
+            methods={},  # the card explains both itself
             overwrite=overwrite,
             measured=measured,
             progress=progress,
@@ -173,13 +169,14 @@ def _approximate(
         samples=asked["samples"],
         length=asked["length"],
         seed=plan.seed,
+        device=device,
         progress=progress,
     )
     length, checks = text.train.shape[1], {}
     if check is not None:
         checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     windows = Windows(text.train, text.held_out, checks)
-    where = pick_device(device)
+    where = walking_device(device)
     walk = Walk(weights, where)
     layers = choose_layers(walk, few(text.train), target.num_hidden_layers, progress)
     stream = None

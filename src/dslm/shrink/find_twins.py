@@ -13,7 +13,7 @@ Shape letters: C channels, M units, H query heads, K key-value heads, U units, E
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Role
+from dslm.families.units import unit_parts
+from dslm.progress import Progress
 from dslm.shrink.fold import Weights
 from dslm.shrink.twins import Classes, Mark, find_classes, mark, random_mix
-from dslm.shrink.units import Units, find_head_twins, find_unit_twins, unit_parts
-
-Progress = Callable[[str, int, int], None]
+from dslm.shrink.units import Units, find_head_twins, find_unit_twins
 
 _SILENT_AT_ZERO = frozenset(
     {

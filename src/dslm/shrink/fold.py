@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from typing import Protocol
 
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
-from dslm.errors import CheckpointError
 from dslm.families import Family
 from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Axis, Role
@@ -141,17 +141,11 @@ class Stored:
         Raises:
             CheckpointError: it holds NaN or infinite numbers.
         """
-        stored = self.checkpoint.read_rows(name, 0, self.checkpoint.entries[name].shape[0])
-        low, high = torch.aminmax(stored)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise CheckpointError(
-                f"{self.checkpoint.name}: {name!r} holds NaN or infinite numbers",
-                "the checkpoint is broken; use one from before that",
-            )
+        stored = self.checkpoint.read_finite_rows(name, 0, self.checkpoint.entries[name].shape[0])
         return stored if stored.dtype is torch.float64 else stored.float()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)  # no slots: what follows from the sizes is computed once
 class Folded:
     """Weights seen through folds: a smaller model, computed a tensor at a time.
 
@@ -172,19 +166,26 @@ class Folded:
         """The model's family."""
         return self.base.family
 
-    @property
+    @cached_property
     def config(self) -> Config:
         """The smaller model's config."""
         return shrunk_config(self.family, self.base.config, self.sizes, self.layers)
 
+    @cached_property
+    def _layout(self) -> dict[str, TableTensor]:
+        return self.family.layout(self.config)
+
+    @cached_property
+    def _base_layout(self) -> dict[str, TableTensor]:
+        return self.family.layout(self.base.config)
+
     def read(self, name: str) -> Tensor:
         """A whole tensor of the smaller model."""
         family, config = self.family, self.base.config
-        line = family.layout(self.config)[name]
+        line = self._layout[name]
         layer = None if line.layer is None else self.layers[line.layer]
         origin = name if layer is None else name.replace(f".{line.layer}.", f".{layer}.", 1)
-        layout = family.layout(config)
-        weight = self.base.read(origin if origin in layout else family.embedding)
+        weight = self.base.read(origin if origin in self._base_layout else family.embedding)
         weight = fold_tensor(family, line, weight, layer, self.folds, family.dimensions(config))
         before, after = Sizes.from_config(family, config), self.sizes
         if name == family.embedding:

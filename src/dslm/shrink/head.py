@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dslm.families.axes import Role
 from dslm.shrink.fold import Fold, table_on_stream
-from dslm.shrink.reconstruct import Recipe, Streams
+from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.solve import Moments, solve
+from dslm.shrink.streams import Streams
 from dslm.shrink.walk import Walk
 
 

@@ -5,7 +5,7 @@ Shape letters: B windows, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from dslm.errors import CheckpointError
 from dslm.families import Family
+from dslm.progress import Progress
 from dslm.shrink.fold import Fold, Folded, Key, Weights
 from dslm.shrink.head import fit_head
-from dslm.shrink.reconstruct import Rebuilder, Recipe, Streams
-from dslm.shrink.streams import empty_stream
-from dslm.shrink.walk import Walk
+from dslm.shrink.reconstruct import Rebuilder, Recipe
+from dslm.shrink.streams import Streams, empty_stream
+from dslm.shrink.walk import Walk, mean_loss
 from dslm.sizes import Sizes
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,14 +176,3 @@ def _losses(run: _Run, windows: Windows) -> dict[str, tuple[float, float]]:
             for label, (ids, where) in parts.items():
                 found.setdefault(label, []).append(mean_loss(logits, stream[where], ids, walk.device))
     return {label: (pair[0], pair[1]) for label, pair in found.items()}
-
-
-def mean_loss(
-    logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, ids_BT: Tensor, device: torch.device
-) -> float:
-    """Mean cross-entropy in nats per predicted token."""
-    total = 0.0
-    for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
-        logits_TV = logits(hidden_TD[None].to(device))[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:].to(device), reduction="sum"))
-    return total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1))

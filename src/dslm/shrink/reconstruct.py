@@ -9,9 +9,7 @@ Shape letters: B windows, T tokens, N tokens of a batch, D hidden size, X input 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from dslm.shrink.fold import Fold, Key, axis_fold
 from dslm.shrink.refine import refine
 from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
 from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
-from dslm.shrink.streams import batches
+from dslm.shrink.streams import Streams
 from dslm.shrink.tap import Anatomy, Stage, anatomy, tap, watch
 from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
@@ -28,7 +26,7 @@ from dslm.sizes import Sizes
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How blocks are rebuilt. The defaults are what measured best; benchmarks switch parts off one by one.
+    """How blocks are rebuilt: by default with everything; benchmarks switch parts off one by one.
 
     Attributes:
         solve: re-read by least squares; without it what stays is only cut out (the slicing baseline).
@@ -45,39 +43,6 @@ class Recipe:
     weigh_tokens: bool = True
     ridges: tuple[float, ...] = RIDGES
     refine: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Streams:
-    """What flows through both models, and which windows serve for what.
-
-    Attributes:
-        teacher: ``[B, T, D]``, the teacher's stream before the next block.
-        ahead: the teacher's stream after the next block, and after those behind it that are dropped.
-        student: ``[B, T, D']``, the student's.
-        fit: windows to fit on: the first so many.
-        held_out: windows that choose the ridge: the next so many. All others only flow.
-    """
-
-    teacher: Tensor
-    ahead: Tensor
-    student: Tensor
-    fit: int
-    held_out: int
-
-    def batches(self) -> Iterator[slice]:
-        """All windows, never two kinds in one batch."""
-        length, ends = self.teacher.shape[1], [0, self.fit, self.fit + self.held_out, len(self.teacher)]
-        for start, stop in pairwise(ends):
-            yield from batches(start, stop, length)
-
-    def used(self) -> Iterator[tuple[slice, bool]]:
-        """The windows that solving uses, and whether they are for fitting."""
-        length = self.teacher.shape[1]
-        for one in batches(0, self.fit, length):
-            yield one, True
-        for one in batches(self.fit, self.fit + self.held_out, length):
-            yield one, False
 
 
 @dataclass(slots=True, eq=False)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from dslm.families import Family
 from dslm.families.family import Config
-from dslm.shrink.find_twins import LayerTwins, Progress, Twins, find_twins
-from dslm.shrink.fold import Fold, Folded, Key, Weights, table_on_stream
+from dslm.plan_shrink import SHRUNK, layers_can_go, stream_can_shrink
+from dslm.progress import Progress
+from dslm.shrink.find_twins import LayerTwins, Twins, find_twins
+from dslm.shrink.fold import Fold, Folded, Key, Weights
 from dslm.shrink.packing import (
     distinct_units,
     fold_heads,
@@ -21,14 +23,6 @@ from dslm.shrink.packing import (
     stream_sizes,
 )
 from dslm.sizes import Sizes, count_parameters, differing, is_legal
-
-_REMOVABLE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ def exact_stage(weights: Weights, target: Sizes, *, progress: Progress | None = 
     """
     family, config = weights.family, weights.config
     before = Sizes.from_config(family, config)
-    if not any(old > target.as_dict()[word] for word, old in before.as_dict().items() if word in _REMOVABLE):
+    if not any(old > target.as_dict()[word] for word, old in before.as_dict().items() if word in SHRUNK):
         return Reduced(weights, {})
     twins = find_twins(weights, progress)
     kept = _kept_layers(family, config, twins.layers, target.num_hidden_layers)
@@ -75,17 +69,10 @@ def _kept_layers(
     """Layers that write something, and as many of the others as the floor asks for."""
     silent = [number for number, layer in enumerate(layers) if layer.silent]
     # Where a block ends in a norm of the stream it changes the stream even if it adds nothing to it.
-    if not family.holds(family.norm_on_read, config) or not _is_listed(family, config):
+    if not family.holds(family.norm_on_read, config) or not layers_can_go(family, config):
         silent = []
     gone = set(silent[max(0, len(silent) - (len(layers) - floor)) :]) if len(layers) > floor else set()
     return tuple(number for number in range(len(layers)) if number not in gone)
-
-
-def _is_listed(family: Family, config: Config) -> bool:
-    """Whether what differs between layers is listed by layer, and not derived from their numbers."""
-    # Qwen's older files list no layer types and attend to everything unless windows are on.
-    default = {"layer_types"} if family.resolve(config).get("use_sliding_window") is False else set()
-    return all(isinstance(config.get(key), list) for key in family.per_layer if key not in default)
 
 
 def _smallest(
@@ -98,7 +85,7 @@ def _smallest(
         intermediate_size=min(before.intermediate_size, least), num_hidden_layers=len(kept)
     )
     widths = [before.hidden_size]
-    if _stream_can_change(family, config, before):
+    if stream_can_shrink(family, config, before.tied):
         widths = stream_sizes(twins.stream, target.hidden_size, whole=twins.whole) or widths
     found = [shape]
     for heads, kv_heads in head_counts(layers, (target.num_attention_heads, target.num_key_value_heads)):
@@ -106,12 +93,6 @@ def _smallest(
         tried = (with_heads.replace(hidden_size=width) for width in widths)
         found += [sizes for sizes in tried if is_legal(family, config, sizes)][:1]
     return min(found, key=lambda sizes: count_parameters(family, sizes.into_config(family, config))["total"])
-
-
-def _stream_can_change(family: Family, config: Config, sizes: Sizes) -> bool:
-    """A tied table is read with the amplitude it is written with, which only a last norm's gain makes up for."""
-    balanced = f"{family.final_norm}.weight" in family.layout(config)
-    return balanced or not sizes.tied or not table_on_stream(family, config)
 
 
 def _folds(before: Sizes, after: Sizes, twins: Twins, kept: tuple[int, ...]) -> dict[Key, Fold]:

@@ -12,21 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dslm.checkpoint.reader import Checkpoint
-from dslm.load import pick_device
+from dslm.progress import Progress
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.capture import Capture, captured, damage, shares_cut
 from dslm.shrink.fold import Stored
-from dslm.shrink.rebuild import Progress, Windows, rebuild
+from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.survey import choose_layers, choose_stream, few, removal_losses
-from dslm.shrink.walk import Walk
+from dslm.shrink.walk import Walk, walking_device
 from dslm.sizes import Sizes
 from dslm.targets_down import shrink_candidates
 
 LEFT = {"layers": 0.45, "units": 0.6, "kv_groups": 0.6, "group_heads": 0.6, "stream": 0.6}
-"""Share of an axis's damage that is left after re-reading, about what SmolLM2-135M shows. It only matters for ranking
-cuts of one axis against cuts of another."""
+"""Share of an axis's damage that is left after re-reading: a guess, which only matters for ranking cuts of one
+axis against cuts of another."""
 
 FIT, HELD_OUT = 16, 4
 """Windows at most that a candidate is rebuilt on, and measured on."""
@@ -61,11 +61,14 @@ def read_windows(
     samples: int,
     length: int,
     seed: int = 0,
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> Windows:
     """The few windows of a calibration text that a search needs; arguments as of `calibration`."""
     samples = min(samples, _ENOUGH)
-    found = calibration(source, text, samples=samples, length=length, seed=seed, progress=progress)
+    found = calibration(
+        source, text, samples=samples, length=length, seed=seed, device=device, progress=progress
+    )
     return Windows(found.train[:FIT], found.held_out[:HELD_OUT], {})
 
 
@@ -137,7 +140,7 @@ def _built(
 ) -> Scored:
     """Build a shape as ``down`` does, on few windows, and measure its loss."""
     reduced, target = exact_stage(weights, shape.sizes, progress=progress).weights, shape.sizes
-    before, where = Sizes.from_config(reduced.family, reduced.config), pick_device(device)
+    before, where = Sizes.from_config(reduced.family, reduced.config), walking_device(device)
     windows = Windows(windows.fit[:FIT], windows.held_out[:HELD_OUT], {})
     walk = Walk(reduced, where)
     layers = choose_layers(walk, few(windows.fit), target.num_hidden_layers, progress)

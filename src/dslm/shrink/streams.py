@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,6 +14,39 @@ from torch import Tensor
 IN_MEMORY = 2_000_000_000
 """Bytes of one stream above which it lies in a file instead."""
 BATCH_TOKENS = 4096
+
+
+@dataclass(slots=True, eq=False)
+class Streams:
+    """What flows through both models, and which windows serve for what.
+
+    Attributes:
+        teacher: ``[B, T, D]``, the teacher's stream before the next block.
+        ahead: the teacher's stream after the next block, and after those behind it that are dropped.
+        student: ``[B, T, D']``, the student's.
+        fit: windows to fit on: the first so many.
+        held_out: windows that choose the ridge: the next so many. All others only flow.
+    """
+
+    teacher: Tensor
+    ahead: Tensor
+    student: Tensor
+    fit: int
+    held_out: int
+
+    def batches(self) -> Iterator[slice]:
+        """All windows, never two kinds in one batch."""
+        length, ends = self.teacher.shape[1], [0, self.fit, self.fit + self.held_out, len(self.teacher)]
+        for start, stop in pairwise(ends):
+            yield from batches(start, stop, length)
+
+    def used(self) -> Iterator[tuple[slice, bool]]:
+        """The windows that solving uses, and whether they are for fitting."""
+        length = self.teacher.shape[1]
+        for one in batches(0, self.fit, length):
+            yield one, True
+        for one in batches(self.fit, self.fit + self.held_out, length):
+            yield one, False
 
 
 def empty_stream(windows: int, length: int, width: int, folder: Path, name: str) -> Tensor:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dslm.progress import Progress
 from dslm.shrink.fold import Fold
-from dslm.shrink.rebuild import Progress, mean_loss
 from dslm.shrink.select import choose_channels
 from dslm.shrink.tap import anatomy, tap
-from dslm.shrink.walk import Walk
+from dslm.shrink.walk import Walk, mean_loss
 
 _WINDOWS, _TOKENS = 4, 512
 """So many windows of at most so many tokens are enough to rank layers and channels."""

@@ -6,7 +6,6 @@ Shape letters: M units, H query heads, K key-value heads, N units of either kind
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -114,28 +113,3 @@ def _led_by_the_living(leader_N: Tensor, dead_N: Tensor) -> Tensor:
         0, leader_N[alive], alive, "amin", include_self=False
     )
     return first_N[leader_N].masked_fill(dead_N, -1)
-
-
-def unit_parts(axis: Axis, dimension: str, sizes: Mapping[str, int]) -> list[Tensor]:
-    """Where the units of a dimension lie along a storage axis.
-
-    Args:
-        axis: the storage axis.
-        dimension: the dimension whose units are asked for.
-        sizes: size of every dimension.
-
-    Returns:
-        One int64 tensor ``[units, entries]`` for every row that a unit has there: two in
-        ``intermediate+intermediate``, three in ``(heads 3 head_dim)``.
-    """
-    parts, offset = [], 0
-    for block in axis.blocks:
-        size = block.size(sizes)
-        if dimension in block.factors:
-            shape = [f if isinstance(f, int) else sizes[f] for f in block.factors]
-            grid = torch.arange(offset, offset + size).reshape(shape)
-            grid = grid.movedim(block.factors.index(dimension), 0)
-            several = grid.dim() == 3
-            parts += list(grid.unbind(1)) if several else [grid.reshape(sizes[dimension], -1)]
-        offset += size
-    return parts

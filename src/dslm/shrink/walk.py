@@ -17,13 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dslm.errors import CheckpointError, VerificationError
+from dslm.errors import CheckpointError, DslmError, VerificationError
 from dslm.families import Tensor as TableTensor
+from dslm.load import pick_device
 from dslm.shrink.fold import Weights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _WINDOWS = 8
 """Windows that are embedded at once."""
+
+
+def walking_device(name: str) -> torch.device:
+    """The device of a name for walking a model; ``auto`` takes a CUDA GPU if there is one.
+
+    Raises:
+        DslmError: there is no such device here, or it cannot add in float64, as the moments of a shrink need.
+    """
+    device = pick_device(name)
+    if device.type != "mps":
+        return device
+    if name == "auto":
+        return torch.device("cpu")
+    raise DslmError("shrinking adds in float64, which the device 'mps' cannot", "take --device cpu")
 
 
 class Stop(Exception):  # noqa: N818  (not an error: what a hook raises when it has seen enough)
@@ -202,6 +217,17 @@ class Walk:
             for name, place in self.places.items()
             if place.line.layer == layer and len(place.line.spec.axes) == 2
         }
+
+
+def mean_loss(
+    logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, ids_BT: Tensor, device: torch.device
+) -> float:
+    """Mean cross-entropy in nats per predicted token."""
+    total = 0.0
+    for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
+        logits_TV = logits(hidden_TD[None].to(device))[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:].to(device), reduction="sum"))
+    return total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1))
 
 
 def _places(model: Any, weights: Weights) -> dict[str, Place]:

@@ -5,7 +5,6 @@ Shapes: T tokens of a window, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import exp, inf, isfinite, nan
 from typing import Any
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.load import load_model
+from dslm.progress import Progress
 from dslm.verify.units import Shuffle, parts_of
-
-Progress = Callable[[str, int, int], None]
 
 _CHUNK = 2**22
 _IRRATIONAL = 1.5**0.5

@@ -16,7 +16,6 @@ dimensions are exchanged at once, such as two separate models side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +24,9 @@ from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.load import load_model
+from dslm.progress import Progress
 from dslm.verify.copies import MODEL_WIDE, Copies, find_copies
 from dslm.verify.units import Part, parts_of, unit_positions
-
-Progress = Callable[[str, int, int], None]
 
 SPACES = {
     "hidden": "residual channels",

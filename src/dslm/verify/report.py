@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.errors import VerificationError
+from dslm.progress import Progress
 from dslm.sizes import count_parameters
 from dslm.verify.exactness import Comparison, compare_models, storage_floor
 from dslm.verify.liveness import Liveness, certify
 from dslm.verify.text import token_windows
-
-Progress = Callable[[str, int, int], None]
 
 FLOOR_FACTOR = 10
 """A difference up to this many times the rounding floor counts as rounding."""

@@ -14,6 +14,7 @@ from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import CheckpointError
 from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Axis
+from dslm.families.units import unit_parts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,14 +63,7 @@ def unit_positions(axis: Axis, dimension: str, sizes: Mapping[str, int]) -> Tens
         int64 of shape ``[units, entries per unit]``, or None if the axis does not hold the dimension. In
         ``(heads 3 head_dim)`` a head has ``3 head_dim`` entries; in ``intermediate+intermediate`` a unit has two.
     """
-    found, offset = [], 0
-    for block in axis.blocks:
-        size = block.size(sizes)
-        if dimension in block.factors:
-            shape = [f if isinstance(f, int) else sizes[f] for f in block.factors]
-            grid = torch.arange(offset, offset + size).reshape(shape)
-            found.append(grid.movedim(block.factors.index(dimension), 0).reshape(sizes[dimension], -1))
-        offset += size
+    found = unit_parts(axis, dimension, sizes)
     return torch.cat(found, dim=1) if found else None
 
 

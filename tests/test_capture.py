@@ -1,0 +1,171 @@
+"""Captures of what cuts cost: predictions from them, and their cache."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+import pico
+import searching
+import shrinking
+from dslm.checkpoint.reader import open_folder
+from dslm.errors import VerificationError
+from dslm.shrink import capture as capture_module
+from dslm.shrink.capture import Capture, capture, captured, damage, masked_losses
+from dslm.shrink.fold import Stored
+from dslm.shrink.rebuild import Windows, rebuild
+from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.search import predict, search
+from dslm.shrink.walk import Walk
+from searching import MODELS, NAMES, sizes_of, total
+
+cache, llama = searching.cache, searching.llama  # fixtures
+
+# ---------------------------------------------------------------- captures and predictions
+
+
+@pytest.mark.parametrize(("family", "variant"), MODELS, ids=NAMES)
+def test_cutting_nothing_costs_nothing_and_cutting_more_never_costs_less(family, variant, tmp_path):
+    weights = Stored(shrinking.make_source(tmp_path / "tiny", family, variant))
+    sizes = sizes_of(weights)
+    found = capture(Walk(weights), pico.tokens(rows=3), sizes)
+    assert predict(found, sizes) == found.base
+    group = sizes.num_attention_heads // sizes.num_key_value_heads
+    for series in (
+        [sizes.replace(num_hidden_layers=n) for n in range(1, 4)],
+        [sizes.replace(intermediate_size=n) for n in range(1, 49)],
+        [sizes.replace(hidden_size=n) for n in range(1, 33)],
+        [sizes.replace(num_attention_heads=sizes.num_key_value_heads * n) for n in range(1, group + 1)],
+        [
+            sizes.replace(num_key_value_heads=n, num_attention_heads=n * group)
+            for n in range(1, sizes.num_key_value_heads + 1)
+        ],
+    ):
+        for solve in (True, False):
+            losses = [predict(found, shape, solve=solve) for shape in series]
+            assert all(math.isfinite(loss) for loss in losses)
+            assert losses[-1] == found.base
+            assert all(smaller >= larger for smaller, larger in pairwise(losses))
+            assert len(series) == 1 or losses[0] > losses[-1]
+
+
+def test_damage_goes_through_its_points_and_on_beyond_them():
+    points = ((0.1, 0.01), (0.2, 0.04), (0.5, 0.04))
+    assert [damage(points, share) for share, _ in points] == pytest.approx([nats for _, nats in points])
+    assert damage(points, 0.15) == pytest.approx(0.0225)  # a power law, here a square
+    assert damage(points, 0.05) == pytest.approx(0.0025)
+    assert damage(points, 1.0) == pytest.approx(0.08)  # at least linear
+    assert damage(points, 0.0) == 0.0
+    assert damage(((0.5, 0.4),), 0.25) == pytest.approx(0.1)
+    assert damage((), 0.1) == math.inf
+
+
+def test_a_cut_that_overflows_is_hopeless_and_not_free():
+    assert capture_module._rising({0.1: math.nan, 0.05: -1.0}) == ((0.05, 1e-4), (0.1, 100.0))
+
+
+CUTS = {
+    "units": {"intermediate_size": 17},
+    "groups": {"num_key_value_heads": 1, "num_attention_heads": 2},
+    "heads": {"num_attention_heads": 2},
+    "both": {"intermediate_size": 30, "num_attention_heads": 2},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(("family", "variant"), [m for m in MODELS if m[0] not in ("opt", "gpt_neox")])
+def test_silencing_is_what_slicing_does(family, variant, cut, tmp_path):
+    weights = Stored(shrinking.make_source(tmp_path / "tiny", family, variant))
+    sizes, ids = sizes_of(weights), pico.tokens(1, rows=3, length=20)
+    target = sizes.replace(**CUTS[cut])
+    silenced, whole = masked_losses(Walk(weights), ids, [target, sizes])
+    windows = Windows(ids, ids, {})
+    layers = tuple(range(sizes.num_hidden_layers))
+    sliced = rebuild(weights, target, layers, None, windows, tmp_path, recipe=Recipe(solve=False))
+    assert sliced.losses["held-out"] == pytest.approx((whole, silenced), abs=1e-5)
+    assert abs(silenced - whole) > 1e-4
+
+
+def test_a_model_without_a_loss_is_refused(tmp_path, monkeypatch, llama):
+    monkeypatch.setattr(capture_module, "removal_losses", lambda *_: [math.nan])
+    with pytest.raises(VerificationError, match="loss is not finite"):
+        captured(llama, shrinking.windows())
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_the_next_target_needs_no_walk(llama, cache, monkeypatch):
+    windows = shrinking.windows()
+    first = captured(llama, windows, device="cpu")
+    assert len(list(cache.iterdir())) == 1
+
+    def walk(*_):
+        raise AssertionError("walked again")
+
+    monkeypatch.setattr(capture_module, "Walk", walk)
+    assert captured(llama, windows, device="cpu") == first
+    assert search(llama, round(0.9 * total(llama)), windows, build=0, device="cpu")
+    with pytest.raises(AssertionError, match="walked again"):
+        captured(llama, shrinking.windows(seed=1), device="cpu")
+
+
+def test_other_weights_with_the_same_headers_are_another_model(llama, tmp_path, cache):
+    model = pico.make_model("llama", "gqa-tied", seed=1)
+    other = Stored(open_folder(pico.save(model, tmp_path / "other"), name="tiny"))
+    windows = shrinking.windows()
+    assert captured(llama, windows, device="cpu") != captured(other, windows, device="cpu")
+    assert len(list(cache.iterdir())) == 2
+
+
+def _edited(change):
+    def edit(text: bytes) -> bytes:
+        held = json.loads(text)
+        change(held)
+        return json.dumps(held).encode()
+
+    return edit
+
+
+BROKEN = {
+    "empty": lambda text: b"",
+    "half": lambda text: text[: len(text) // 2],
+    "not text": lambda text: b"\xff\x00",
+    "a list": lambda text: b"[]",
+    "no numbers": _edited(lambda held: held.update(base="x")),
+    "not finite": _edited(lambda held: held.update(base=math.nan)),
+    "an axis is missing": _edited(lambda held: held["damages"].pop("units")),
+    "points are no pairs": _edited(lambda held: held["damages"].update(units=[[1]])),
+    "points fall": _edited(lambda held: held["damages"].update(units=[[0.1, 2.0], [0.2, 1.0]])),
+    "damages are null": _edited(lambda held: held.update(damages=None)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_cache_is_made_anew(name, llama, cache):
+    first = captured(llama, shrinking.windows(), device="cpu")
+    (place,) = cache.iterdir()
+    sound = place.read_bytes()
+    place.write_bytes(BROKEN[name](sound))
+    assert captured(llama, shrinking.windows(), device="cpu") == first
+    assert place.read_bytes() == sound
+    assert list(cache.iterdir()) == [place]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(llama, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DSLM_CACHE", str(tmp_path / "file"))
+    assert isinstance(captured(llama, shrinking.windows(), device="cpu"), Capture)
+
+
+def test_same_capture_every_time(llama, cache):
+    found = []
+    for _ in range(2):
+        torch.manual_seed(len(found))
+        found.append(captured(llama, shrinking.windows(), device="cpu"))
+        next(cache.iterdir()).unlink()
+    assert found[0] == found[1]

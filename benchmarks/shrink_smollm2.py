@@ -22,12 +22,12 @@ import torch
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
 from dslm.shrink import reconstruct
-from dslm.shrink.fold import Stored
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.streams import batches
 from dslm.shrink.survey import choose_layers, few
 from dslm.shrink.walk import Walk
+from dslm.shrink.weights import Stored
 from dslm.sizes import count_parameters
 from dslm.targets_down import shrink_candidates
 from measure import save

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import shrinking
-from dslm.shrink.fold import Stored
+from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes, count_parameters
 
 MODELS = [

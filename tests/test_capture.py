@@ -16,11 +16,11 @@ from dslm.checkpoint.reader import open_folder
 from dslm.errors import VerificationError
 from dslm.shrink import capture as capture_module
 from dslm.shrink.capture import Capture, capture, captured, damage, masked_losses
-from dslm.shrink.fold import Stored
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.search import predict, search
 from dslm.shrink.walk import Walk
+from dslm.shrink.weights import Stored
 from searching import MODELS, NAMES, sizes_of, total
 
 cache, llama = searching.cache, searching.llama  # fixtures

@@ -37,7 +37,6 @@ BAD = [
     (["--num-hidden-layers", "4"], 1, "num_hidden_layers 4 is larger.*dslm up"),
     (["--num-hidden-layers", "0"], 1, "num_hidden_layers 0"),
     (["--num-attention-heads", "3"], 1, "not a multiple.*nearest legal num_attention_heads"),
-    (["--num-key-value-heads", "1"], 1, "4 query heads for each.*nearest legal pairs: 2 with 1"),
     (["--head-dim", "4"], 2, "--head-dim"),
     (["--params", "1"], 1, "too few: a table of 96 x"),
     (["--params", "1M"], 1, "1,000,000 parameters is not smaller than the source's 26,336.*dslm up"),

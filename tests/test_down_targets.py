@@ -13,7 +13,7 @@ from dslm.checkpoint.oracle import expected_shapes
 from dslm.errors import SizeError
 from dslm.families import family_names, load_family
 from dslm.plan import plan_shrink
-from dslm.shrink.fold import shrunk_config
+from dslm.shrink.weights import shrunk_config
 from dslm.sizes import Sizes, check_legal, count_parameters
 from dslm.targets_down import (
     divided,
@@ -214,12 +214,3 @@ def test_a_target_below_the_table_and_a_layer_is_refused(wanted):
     with pytest.raises(SizeError, match=r"too few: a table of 49,152 x 64 and 1 layer.*3,162,496"):
         shrink_candidates(load_family("llama"), SMOLLM2, wanted)
     assert shrink_candidates(load_family("llama"), SMOLLM2, 3_162_496)
-
-
-def test_layers_that_are_told_by_their_number_stay():
-    assert {
-        c.sizes.num_hidden_layers for c in shrink_candidates(load_family("gemma3_text"), GEMMA3, 2 * 10**8)
-    } == {18}
-    listed = GEMMA3 | {"layer_types": ["full_attention"] * 18}
-    found = shrink_candidates(load_family("gemma3_text"), listed, round(0.9 * total(listed)), count=50)
-    assert {c.sizes.num_hidden_layers for c in found} != {18}

@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import shrinking
 from dslm.checkpoint.reader import open_folder
+from dslm.errors import SizeError
 from dslm.families.axes import Role
 from dslm.families.units import unit_parts
-from dslm.shrink.fold import Stored
 from dslm.shrink.redundancy import exact_stage
+from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes, differing
 from dslm.verify.units import Shuffle, parts_of
 from growing import dimensions_of, draw_target, grow, grow_or_nearest, load, logits, off
@@ -66,6 +68,17 @@ def test_every_growth_is_undone(family, variant, dimension, method, tmp_path):
     assert sizes.replace(tied=source.sizes.tied) == source.sizes
     assert set(removed) == set(differing(open_folder(grown).sizes, sizes))
     assert distance(tmp_path / "source", out) < FLOAT32
+
+
+def test_down_undoes_a_growth_that_changed_the_size_of_groups(tmp_path):
+    save(make_model("llama", "gqa-tied"), tmp_path / "source")
+    source = open_folder(tmp_path / "source")
+    grown = open_folder(grow(source, tmp_path / "grown", source.sizes.replace(num_key_value_heads=4)))
+    shrinking.down(grown, tmp_path / "back", source.sizes)
+    assert distance(tmp_path / "source", tmp_path / "back") < FLOAT32
+    with pytest.raises(SizeError, match=r"4 query heads for each key-value head.* 2 with 1"):
+        shrinking.down(grown, tmp_path / "out", source.sizes.replace(num_key_value_heads=1))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

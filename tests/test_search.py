@@ -14,8 +14,8 @@ from dslm.resizing import resize
 from dslm.shrink import search as search_module
 from dslm.shrink.calibrate import Calibration
 from dslm.shrink.capture import captured
-from dslm.shrink.fold import Stored
 from dslm.shrink.search import ranked, search
+from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes, count_parameters
 from searching import MODELS, NAMES, sizes_of, total
 

@@ -15,10 +15,10 @@ from dslm.errors import DslmError
 from dslm.plan import plan_shrink
 from dslm.shrink import walk as walk_module
 from dslm.shrink.down import shrink_checkpoint
-from dslm.shrink.fold import Stored
 from dslm.shrink.rebuild import rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.walk import Walk
+from dslm.shrink.weights import Stored
 from growing import load, logits, off
 
 every_variant = pytest.mark.parametrize(("family", "variant"), pico.CASES, ids=pico.IDS)

@@ -25,7 +25,7 @@ from dslm.errors import VerificationError
 from dslm.plan import plan_shrink
 from dslm.shrink import down, rebuild, streams
 from dslm.shrink.calibrate import Calibration
-from dslm.shrink.fold import Stored
+from dslm.shrink.weights import Stored
 from refusing import nothing_happens, one_line
 
 SIZES = ["--intermediate-size", "30", "--hidden-size", "24", "--num-hidden-layers", "2", "--samples", "8"]

@@ -6,11 +6,12 @@ import re
 
 import pytest
 
-from configs import GEMMA3, PYTHIA, QWEN3, REAL, SMOLLM2, pico_config, sizes_of
+from configs import PYTHIA, QWEN3, REAL, SMOLLM2, pico_config, sizes_of
 from dslm.checkpoint.card import calibration_name, command_of, render_card, without_places
 from dslm.errors import DslmError, RecipeError, SizeError
 from dslm.families import load_family
 from dslm.plan import SHRUNK, Plan, check_plan, plan_growth, plan_shrink
+from dslm.plan_shrink import check_groups
 
 
 def shrink(config: dict, **changes) -> Plan:
@@ -37,12 +38,8 @@ REFUSED = [
     (SMOLLM2, {"hidden_size": -1}, "hidden_size -1"),
     (SMOLLM2, {"num_hidden_layers": 0}, "num_hidden_layers 0"),
     (SMOLLM2, {"num_attention_heads": 8}, "num_attention_heads 8 is not a multiple"),
-    (SMOLLM2, {"num_key_value_heads": 1}, "9 query heads for each.*has 3.*nearest legal pairs: 3 with 1 or 6 with 2"),
-    (SMOLLM2, {"num_attention_heads": 4, "num_key_value_heads": 1}, "4 query heads.*pairs: 3 with 1 or 6 with 2"),
     (PYTHIA, {"hidden_size": 448}, "derives head_dim.*hidden_size 448 with num_attention_heads 7"),
     (PYTHIA, {"tied": True}, "tied"),
-    (GEMMA3, {"num_hidden_layers": 9}, "layer_types is not listed.*other sizes"),
-    (pico_config("smollm3", "nope-interval"), {"num_hidden_layers": 2}, "no_rope_layers"),
     (pico_config("olmo", "tied-biases"), {"hidden_size": 16}, "hidden_size cannot shrink.*--untie"),
     (pico_config("opt", "projected-untied"), {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2},
      "word_embed_proj_dim"),
@@ -55,6 +52,26 @@ def test_a_target_that_is_no_shrink_is_refused(config, asked, named):
         shrink(config, **asked)
     assert re.search(named, str(caught.value)), str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("heads", "named"),
+    [
+        (
+            {"num_key_value_heads": 1},
+            "9 query heads for each.*has 3.*nearest legal pairs: 3 with 1 or 6 with 2",
+        ),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1}, "4 query heads.*pairs: 3 with 1 or 6 with 2"),
+    ],
+)
+def test_query_heads_keep_their_key_value_head(heads, named):
+    source = sizes_of(SMOLLM2)
+    with pytest.raises(SizeError) as caught:
+        check_groups(source, source.replace(**heads), load_family("llama"), SMOLLM2)
+    assert re.search(named, f"{caught.value} {caught.value.hint}")
+    check_groups(
+        source, source.replace(num_attention_heads=2, num_key_value_heads=1), load_family("llama"), SMOLLM2
+    )
 
 
 ALLOWED = [

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import pico
 import shrinking
 from dslm.checkpoint.reader import open_folder
-from dslm.shrink.fold import Stored, select
+from dslm.shrink.fold import select
 from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
+from dslm.shrink.weights import Stored
 
 # family, variant -> sizes: everything that has sums of its own, tied and not, pre-norm and post-norm
 CASES = {

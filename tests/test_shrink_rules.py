@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,14 @@ from transformers import PreTrainedModel
 
 import shrinking
 from dslm.checkpoint.reader import open_folder
-from dslm.shrink import find_twins, fold, packing, rebuild, reconstruct, redundancy, survey
-from dslm.shrink.fold import Stored, select
+from dslm.families import load_family
+from dslm.shrink import encoder, find_twins, fold, packing, rebuild, reconstruct, redundancy, rotate, weights
+from dslm.shrink.fold import select
 from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.select import top
+from dslm.shrink.weights import Stored
 from growing import grow, load, logits, off
-from pico import make_model, tokens
+from pico import make_model, read_config, tokens
 from test_exact_stage import written
 from test_rules import not_normed, with_line, without_table_fields
 
@@ -101,11 +104,11 @@ def centred_zero_channels(model: PreTrainedModel) -> None:
 
 UNSCALED = instead(redundancy, "fold_stream", without_amplitudes)
 UNSCALED_HEADS = instead(packing, "_balanced", lambda _: lambda heads, leaders: heads)
-ONLY_KEPT = instead(fold, "_balanced", lambda _: lambda kept, stored, is_gain: stored[kept.keep_T])
+ONLY_KEPT = instead(fold.Fold, "balanced", lambda _: lambda kept, stored, is_gain: stored[kept.keep_T])
 ALL_GAINS = instead(
-    fold, "_balanced", lambda whole: lambda kept, stored, is_gain: whole(kept, stored, is_gain=True)
+    fold.Fold, "balanced", lambda whole: lambda kept, stored, is_gain: whole(kept, stored, is_gain=True)
 )
-NO_FACTOR = instead(fold, "table_factor", lambda _: lambda *sizes: 1.0)
+NO_FACTOR = instead(weights, "table_factor", lambda _: lambda *sizes: 1.0)
 MEAN_UNSEEN = instead(find_twins._Stream, "ask_writer", without_watching_the_mean)
 BIAS_NOT_NORMED = with_line("model.layers.{layer}.self_attn.q_proj.bias", not_normed)
 EXACT = {
@@ -174,8 +177,20 @@ def quiet_channels(model: PreTrainedModel) -> None:
     """Eight channels carry next to nothing."""
     model.model.embed_tokens.weight[:, 10:18] *= 1e-6
     for layer in model.model.layers:
-        layer.self_attn.o_proj.weight[10:18] *= 1e-6
-        layer.mlp.down_proj.weight[10:18] *= 1e-6
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight[10:18] = -1 + 1e-6  # it scales with 1 + gain what is written
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight[10:18] *= 1e-6
+
+
+def few_directions(model: PreTrainedModel) -> None:
+    """The stream lies in 24 of all directions, none of them along a channel."""
+    square = torch.randn(32, 32, generator=torch.Generator().manual_seed(5))
+    some = torch.linalg.qr(square).Q[:, :24]
+    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ some @ some.T)
+    for layer in model.model.layers:
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight.copy_(some @ some.T @ writer.weight)
 
 
 def any_heads(choose_heads):
@@ -212,8 +227,14 @@ def without_amplitude(choose_channels):
 
 ANY_HEADS = instead(reconstruct, "choose_heads", any_heads)
 INTERLEAVED = instead(reconstruct, "choose_heads", interleaved_groups)
-FIRST_LAYERS = instead(fold, "shrunk_config", first_of_each_list)
-UNSCALED_CHANNELS = instead(survey, "choose_channels", without_amplitude)
+FIRST_LAYERS = instead(weights, "shrunk_config", first_of_each_list)
+UNSCALED_CHANNELS = instead(encoder, "choose_channels", without_amplitude)
+UNSCALED_DIRECTIONS = instead(
+    encoder, "rotation", lambda make: lambda *a: dataclasses.replace(make(*a), amplitude=1.0)
+)
+GAINS_STAY = instead(rotate.Rotation, "prepared", lambda _: lambda rotation, weights: weights)
+CHANNELS_ONLY = instead(encoder, "read_norms", lambda _: lambda *arguments: None)
+NARROW = {"hidden_size": 24}
 ONE_GROUP = {"num_attention_heads": 2, "num_key_value_heads": 1}
 TWO_LAYERS = {"num_hidden_layers": 2}
 CUTS = {
@@ -221,7 +242,10 @@ CUTS = {
     "grouped queries: which are neighbours": Rule("llama", "gqa-tied", INTERLEAVED, ONE_GROUP, quiet_group),
     "sliding windows of kept layers": Rule("gemma3_text", "windows", FIRST_LAYERS, TWO_LAYERS, quiet_layer),
     "rotation of kept layers": Rule("smollm3", "nope-tied", FIRST_LAYERS, TWO_LAYERS, quiet_layer),
-    "mean square of channels": Rule("llama", "mha", UNSCALED_CHANNELS, {"hidden_size": 24}, quiet_channels),
+    "mean square of channels": Rule("gemma2", "no-softcaps", UNSCALED_CHANNELS, NARROW, quiet_channels),
+    "mean square of directions": Rule("llama", "mha", UNSCALED_DIRECTIONS, NARROW, few_directions),
+    "directions, not channels": Rule("llama", "gqa-tied", CHANNELS_ONLY, NARROW, few_directions),
+    "a norm's gain goes into its readers": Rule("qwen3", "mha", GAINS_STAY, NARROW, few_directions),
 }  # fmt: skip
 
 
@@ -236,6 +260,29 @@ def test_a_cut_needs_the_rule(rule, tmp_path, monkeypatch):
 
     assert distance("with") < WRONG / 10
     rule.without(monkeypatch)
+    assert distance("without") > 10 * WRONG
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("gemma2", "no-softcaps"), ("smollm3", "nope-interval")],
+)
+def test_layers_that_are_told_by_their_number_stay_what_they_are(family, variant, tmp_path, monkeypatch):
+    """Older files list nothing by layer."""
+    model = Rule(family, variant, FIRST_LAYERS, plant=quiet_layer).save(tmp_path / "source")
+    config = read_config(tmp_path / "source")
+    for key in load_family(family).per_layer:
+        del config[key]
+    (tmp_path / "source/config.json").write_text(json.dumps(config), encoding="utf-8")
+    source, ids = open_folder(tmp_path / "source"), tokens(6)
+    assert torch.equal(logits(load(source.folder, torch.float32), ids), logits(model, ids))
+
+    def distance(name: str) -> float:
+        shrinking.down(source, tmp_path / name, source.sizes.replace(**TWO_LAYERS), method="slice")
+        return off(logits(model, ids), logits(load(tmp_path / name, torch.float32), ids))
+
+    assert distance("with") < WRONG / 10
+    monkeypatch.setattr(weights, "listed_config", lambda family, config: config)
     assert distance("without") > 10 * WRONG
 
 

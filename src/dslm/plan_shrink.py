@@ -52,8 +52,7 @@ def check_shrink(source: Sizes, target: Sizes, family: Family, config: Config) -
         config: the source's config.
 
     Raises:
-        SizeError: a dimension would grow or is none that shrinks, the sizes are illegal, or query heads would have
-            to change their key-value head.
+        SizeError: a dimension would grow or is none that shrinks, or the sizes are illegal.
     """
     for word in WORDS:
         before, after = getattr(source, word), getattr(target, word)
@@ -67,32 +66,12 @@ def check_shrink(source: Sizes, target: Sizes, family: Family, config: Config) -
     if target.tied and not source.tied:
         raise SizeError("two separate tables cannot become a tied one", "leave tie_word_embeddings as it is")
     check_legal(family, config, target)
-    _check_groups(source, target, family, config)
-    if target.num_hidden_layers != source.num_hidden_layers and not layers_can_go(family, config):
-        raise SizeError(
-            f"{_unlisted(family, config)} is not listed in config.json, so what a layer does follows from its number, "
-            "and dropping layers would change it",
-            f"write out {_unlisted(family, config)}, or shrink the other sizes",
-        )
     if target.hidden_size != source.hidden_size and not stream_can_shrink(family, config, target.tied):
         raise SizeError(
             "hidden_size cannot shrink: the table is both written and read, and there is no gain before the output "
             "to make up for the change",
             "give the output its own table with --untie, or shrink the other sizes",
         )
-
-
-def layers_can_go(family: Family, config: Config) -> bool:
-    """Whether a layer stays what it is when those before it go: what differs between layers is listed by layer."""
-    return not _unlisted(family, config)
-
-
-def _unlisted(family: Family, config: Config) -> str:
-    """The first key that would list what differs between layers, and is absent; empty when there is none."""
-    # Older files list no layer types and attend to everything unless windows are on.
-    harmless = {"layer_types"} if family.resolve(config).get("use_sliding_window") is False else set()
-    unlisted = (key for key in family.per_layer if not isinstance(config.get(key), list))
-    return next((key for key in unlisted if key not in harmless), "")
 
 
 def stream_can_shrink(family: Family, config: Config, tied: bool) -> bool:
@@ -105,7 +84,20 @@ def stream_can_shrink(family: Family, config: Config, tied: bool) -> bool:
     return not (tied and on_stream) or f"{family.final_norm}.weight" in layout
 
 
-def _check_groups(source: Sizes, target: Sizes, family: Family, config: Config) -> None:
+def check_groups(source: Sizes, target: Sizes, family: Family, config: Config) -> None:
+    """Refuse more query heads for each key-value head than there are.
+
+    Only the exact stage can make such groups, where key-value heads are copies; so this is asked after it.
+
+    Args:
+        source: the sizes that the exact stage left.
+        target: the sizes to reach.
+        family: the family's table.
+        config: the config that the exact stage left.
+
+    Raises:
+        SizeError: query heads would have to change their key-value head.
+    """
     before = source.num_attention_heads // source.num_key_value_heads
     after = target.num_attention_heads // target.num_key_value_heads
     if after <= before:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, log
+from math import ceil, lcm, log
 
 from dslm.errors import SizeError
 from dslm.families import Family
 from dslm.families.family import Config
-from dslm.plan_shrink import head_pairs, layers_can_go, stream_can_shrink
+from dslm.plan_shrink import head_pairs, stream_can_shrink
 from dslm.sizes import FRIENDLY, Sizes, count_parameters, is_legal
 from dslm.targets import Candidate, parse_factor, parse_number
 
 _FINE = 16
+_ALIGNED = 8  # channels, so that rows of half-precision weights begin at 16 bytes
 _NEAR = 0.01  # shapes that miss by more come after all others
 _UNFRIENDLY = {256: 0.0, 128: 0.001, 64: 0.002, 1: 0.004}
 
@@ -22,7 +23,8 @@ _UNFRIENDLY = {256: 0.0, 128: 0.001, 64: 0.002, 1: 0.004}
 # cut mildly rather than one deeply; heads and stream cost from the start. Set by hand, from few shapes of SmolLM2-135M.
 _LAYERS, _UNITS = 1.7, 1.0
 _HEADS, _HEADS_AT_ONCE = 1.0, 0.4
-_STREAM, _STREAM_AT_ONCE = 1.0, 1.35
+_STREAM = 0.5
+_STREAM_AT_ONCE = {"rotated": 0.37, "selected": 0.68}
 
 
 def parse_divisor(text: str) -> Fraction:
@@ -194,11 +196,10 @@ def shrink_candidates(
     shape = source.replace(tied=False) if untie else source
     lines = list(_lines(family, config, shape))
     depths = range(1, source.num_hidden_layers + 1)
-    if not layers_can_go(family, config):
-        depths = range(source.num_hidden_layers, source.num_hidden_layers + 1)
     _check_possible(lines, depths[0], parameters)
+    encoder = "rotated" if family.norm == "rms" and family.blocks == "pre" else "selected"
     found = [
-        _candidate(shape, line, layers, units, parameters)
+        _candidate(shape, line, layers, units, parameters, encoder)
         for line in lines
         for layers in depths
         for units in _unit_counts(shape.intermediate_size, line.units(parameters, layers))
@@ -216,12 +217,20 @@ def _lines(family: Family, config: Config, source: Sizes) -> Iterator[_Line]:
         step = max(1, source.hidden_size // 8)
     widths = [source.hidden_size]
     if stream_can_shrink(family, config, source.tied):
-        last = (source.hidden_size - 1) // step
-        widths += [n * step for n in range(last, 0, -1)]
+        narrower = range(step, source.hidden_size, step)
+        if family.head_dim != "derived" and not any(
+            _keeps_heads(family, config, source, n) for n in narrower
+        ):
+            step = lcm(source.num_attention_heads, _ALIGNED)  # 9 heads must divide the stream: 504 = 9 * 56
+        widths += sorted({*narrower, *range(step, source.hidden_size, step)}, reverse=True)
     for width in widths:
         for sizes in _headed(family, config, source.replace(hidden_size=width), source):
             if _same_tensors(family, config, source, sizes):
                 yield _line(family, config, sizes)
+
+
+def _keeps_heads(family: Family, config: Config, source: Sizes, hidden_size: int) -> bool:
+    return is_legal(family, config, source.replace(hidden_size=hidden_size))
 
 
 def _same_tensors(family: Family, config: Config, source: Sizes, target: Sizes) -> bool:
@@ -265,16 +274,18 @@ def _unit_counts(most: int, exact: float) -> set[int]:
     return {units for units in near if 1 <= units <= most}
 
 
-def _candidate(source: Sizes, line: _Line, layers: int, units: int, parameters: int) -> Candidate:
+def _candidate(
+    source: Sizes, line: _Line, layers: int, units: int, parameters: int, encoder: str
+) -> Candidate:
     sizes = line.sizes.replace(num_hidden_layers=layers, intermediate_size=units)
     total = line.count(layers, units)
     off = total / parameters - 1
     friendly = next((n for n in FRIENDLY if sizes.hidden_size % n == 0 and units % n == 0), 1)
-    score = abs(off) + _damage(source, sizes) + _UNFRIENDLY[friendly]
+    score = abs(off) + _damage(source, sizes, encoder) + _UNFRIENDLY[friendly]
     return Candidate(sizes, total, off, friendly, score)
 
 
-def _damage(source: Sizes, sizes: Sizes) -> float:
+def _damage(source: Sizes, sizes: Sizes, encoder: str) -> float:
     layers = log(source.num_hidden_layers / sizes.num_hidden_layers)
     units = log(source.intermediate_size / sizes.intermediate_size)
     heads = log(source.num_attention_heads / sizes.num_attention_heads)
@@ -284,6 +295,6 @@ def _damage(source: Sizes, sizes: Sizes) -> float:
         + _UNITS * units**2
         + _HEADS_AT_ONCE * heads
         + _HEADS * heads**2
-        + _STREAM_AT_ONCE * stream
+        + _STREAM_AT_ONCE[encoder] * stream
         + _STREAM * stream**2
     )

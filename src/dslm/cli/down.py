@@ -187,9 +187,9 @@ def _check_search(
 
 def _search(source: Checkpoint, options: dict[str, Any], device: str, *, quiet: bool) -> list[Scored]:
     """Shapes near the number of parameters that was asked for, the best of those that were built first."""
-    from dslm.shrink.fold import Stored
     from dslm.shrink.reconstruct import Recipe
     from dslm.shrink.search import read_windows, search
+    from dslm.shrink.weights import Stored
 
     with progress_bar(quiet=quiet) as progress:
         windows = read_windows(

@@ -162,9 +162,9 @@ def _measure(
     quiet: bool,
 ) -> _Measured:
     from dslm.shrink.capture import captured
-    from dslm.shrink.fold import Stored
     from dslm.shrink.reconstruct import Recipe
     from dslm.shrink.search import ranked, read_windows, search
+    from dslm.shrink.weights import Stored
 
     weights, recipe = Stored(source), Recipe(solve=method != "slice")
     now = count_parameters(source.family, source.config)["total"]

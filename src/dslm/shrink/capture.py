@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from dslm.checkpoint.gguf import cache_folder
 from dslm.errors import VerificationError
 from dslm.output import headers_hash
-from dslm.plan_shrink import layers_can_go, stream_can_shrink
+from dslm.plan_shrink import stream_can_shrink
 from dslm.progress import Progress
-from dslm.shrink.fold import Fold, Folded, Key, Stored, axis_fold
+from dslm.shrink.encoder import choose_stream
+from dslm.shrink.fold import Fold, Key, axis_fold
 from dslm.shrink.rebuild import Windows
 from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
-from dslm.shrink.survey import choose_stream, few, removal_losses
+from dslm.shrink.survey import few, removal_losses
 from dslm.shrink.tap import tap, writes_stream
 from dslm.shrink.walk import Walk, mean_loss, walking_device
+from dslm.shrink.weights import Folded, Stored
 from dslm.sizes import Sizes, is_legal
 
 AXES = ("layers", "units", "kv_groups", "group_heads", "stream")
@@ -124,7 +126,7 @@ def capture(walk: Walk, ids_BT: Tensor, sizes: Sizes, progress: Progress | None 
         raise VerificationError(
             "the model's loss is not finite", "the checkpoint is broken, or not a language model"
         )
-    runs = _runs(sizes.num_hidden_layers) if layers_can_go(walk.weights.family, walk.weights.config) else []
+    runs = _runs(sizes.num_hidden_layers)
     whole, *losses = removal_losses(walk, some_BT, [nothing, *runs], progress)
     cuts: dict[str, dict[float, float]] = {axis: {} for axis in AXES}
     for run, loss in zip(runs, losses, strict=True):
@@ -177,8 +179,8 @@ def _stream_losses(
         wider = (sizes.replace(hidden_size=width) for width in range(least, sizes.hidden_size))
         target = next((shape for shape in wider if is_legal(family, config, shape)), None)
         if target is not None:
-            fold = choose_stream(walk, ids_BT, target.hidden_size, progress)
-            narrow = Walk(Folded(walk.weights, target, layers, {("hidden", None): fold}), walk.device)
+            stream = choose_stream(walk, ids_BT, target.hidden_size, progress)
+            narrow = Walk(Folded(walk.weights, target, layers, {}, stream), walk.device)
             found.append((("stream", target), removal_losses(narrow, ids_BT, [frozenset()])[0]))
     return found
 

@@ -17,14 +17,16 @@ from dslm.checkpoint.writer import Planned
 from dslm.families import Tensor
 from dslm.output import check_place, planned, write_output
 from dslm.plan import Plan, check_plan
+from dslm.plan_shrink import check_groups
 from dslm.progress import Progress
 from dslm.shrink.calibrate import calibration, check_windows
-from dslm.shrink.fold import Stored, Weights
+from dslm.shrink.encoder import choose_stream
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.redundancy import exact_stage
-from dslm.shrink.survey import choose_layers, choose_stream, few
+from dslm.shrink.survey import choose_layers, few
 from dslm.shrink.walk import Walk, walking_device
+from dslm.shrink.weights import Stored, Weights
 from dslm.sizes import Sizes, count_parameters
 
 CHECK_WINDOWS = 32
@@ -161,6 +163,7 @@ def _approximate(
     everything = tuple(range(before.num_hidden_layers))
     if before == target:
         return _Smaller(weights, everything)
+    check_groups(before, target, weights.family, weights.config)
     assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
     asked = plan.calibration
     text = calibration(

@@ -23,9 +23,9 @@ from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Role
 from dslm.families.units import unit_parts
 from dslm.progress import Progress
-from dslm.shrink.fold import Weights
 from dslm.shrink.twins import Classes, Mark, find_classes, mark, random_mix
 from dslm.shrink.units import Units, find_head_twins, find_unit_twins
+from dslm.shrink.weights import Weights
 
 _SILENT_AT_ZERO = frozenset(
     {

@@ -16,23 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from math import sqrt
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from dslm.checkpoint.reader import Checkpoint
 from dslm.families import Family
 from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Axis, Role
-from dslm.families.family import Config
-from dslm.sizes import Sizes
 
-Key = tuple[str, int | None]
-"""A space: its dimension (``hidden``, ``intermediate``, ``heads``, ``kv_heads``, or one of the last two as
-``normed ...`` for axes under a norm over all heads), and its layer; None for the stream."""
+if TYPE_CHECKING:
+    from dslm.shrink.weights import Weights
+
+Key = tuple[str, int]
+"""A space of one block: its dimension (``intermediate``, ``heads``, ``kv_heads``, or one of the last two as
+``normed ...`` for axes under a norm over all heads), and its layer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +83,22 @@ class Fold:
         kept = gain.index_select(0, self.keep_T.to(gain.device))
         return kept / self.amplitude_T.to(kept) if over_heads else kept
 
+    def balanced(self, stored: Tensor, *, is_gain: bool) -> Tensor:
+        """The last norm's gain or shift before a tied table, whose columns are written and read with the amplitude.
+
+        With ``E_i = ratio_i E_rep`` the logits keep ``sum_i ratio_i^2 g_i`` of a gain and ``sum_i ratio_i b_i`` of a
+        shift.
+        """
+        power = 2 if is_gain else 1
+        used = (self.group_S >= 0).nonzero().squeeze(1)
+        terms = stored[used].double() * self.ratio_S[used] ** power
+        total_T = torch.zeros(self.target, dtype=torch.float64).index_add_(0, self.group_S[used], terms)
+        return (total_T / self.amplitude_T**power).to(stored.dtype)
+
+    def prepared(self, weights: Weights) -> Weights:
+        """The weights as they must be before they are folded: as they are."""
+        return weights
+
 
 def identity(size: int) -> Fold:
     """Everything stays."""
@@ -104,134 +118,23 @@ def select(keep_T: Tensor, source: int, amplitude: float = 1.0) -> Fold:
     return Fold(keep_T=keep_T, group_S=group_S, ratio_S=ones, amplitude_T=amplitude * ones[: len(keep_T)])
 
 
-class Weights(Protocol):
-    """Named tensors of one model, read one at a time."""
+class Encoder(Protocol):
+    """What becomes of the residual stream: a `Fold`, or a rotation (`dslm.shrink.rotate`)."""
 
-    @property
-    def family(self) -> Family:
-        """The model's family."""
+    def write(self, weight: Tensor, axis: int) -> Tensor:
+        """The axis of a weight that writes the stream, or of an activation."""
 
-    @property
-    def config(self) -> Config:
-        """The model's config."""
+    def read(self, weight: Tensor, axis: int) -> Tensor:
+        """The axis of a weight that reads the stream."""
 
-    def read(self, name: str) -> Tensor:
-        """A whole tensor, in float32 or wider."""
+    def gain(self, gain: Tensor, *, over_heads: bool) -> Tensor:
+        """A norm's gain over the stream."""
 
+    def balanced(self, stored: Tensor, *, is_gain: bool) -> Tensor:
+        """The last norm's gain or shift before a tied table."""
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """The weights of a checkpoint on disk."""
-
-    checkpoint: Checkpoint
-
-    @property
-    def family(self) -> Family:
-        """The model's family."""
-        return self.checkpoint.family
-
-    @property
-    def config(self) -> Config:
-        """The model's config."""
-        return self.checkpoint.config
-
-    def read(self, name: str) -> Tensor:
-        """A whole tensor, in float32, or float64 if it is stored so.
-
-        Raises:
-            CheckpointError: it holds NaN or infinite numbers.
-        """
-        stored = self.checkpoint.read_finite_rows(name, 0, self.checkpoint.entries[name].shape[0])
-        return stored if stored.dtype is torch.float64 else stored.float()
-
-
-@dataclass(frozen=True, eq=False)  # no slots: what follows from the sizes is computed once
-class Folded:
-    """Weights seen through folds: a smaller model, computed a tensor at a time.
-
-    Attributes:
-        base: the weights they come from.
-        sizes: the smaller model's sizes.
-        layers: the source layer of each target layer.
-        folds: space -> its fold, by the *source's* layer; a space that is absent stays as it is.
-    """
-
-    base: Weights
-    sizes: Sizes
-    layers: tuple[int, ...]
-    folds: Mapping[Key, Fold]
-
-    @property
-    def family(self) -> Family:
-        """The model's family."""
-        return self.base.family
-
-    @cached_property
-    def config(self) -> Config:
-        """The smaller model's config."""
-        return shrunk_config(self.family, self.base.config, self.sizes, self.layers)
-
-    @cached_property
-    def _layout(self) -> dict[str, TableTensor]:
-        return self.family.layout(self.config)
-
-    @cached_property
-    def _base_layout(self) -> dict[str, TableTensor]:
-        return self.family.layout(self.base.config)
-
-    def read(self, name: str) -> Tensor:
-        """A whole tensor of the smaller model."""
-        family, config = self.family, self.base.config
-        line = self._layout[name]
-        layer = None if line.layer is None else self.layers[line.layer]
-        origin = name if layer is None else name.replace(f".{line.layer}.", f".{layer}.", 1)
-        weight = self.base.read(origin if origin in self._base_layout else family.embedding)
-        weight = fold_tensor(family, line, weight, layer, self.folds, family.dimensions(config))
-        before, after = Sizes.from_config(family, config), self.sizes
-        if name == family.embedding:
-            return weight * table_factor(family, before, after)
-        stream = self.folds.get(("hidden", None))
-        is_final_norm = bool(family.final_norm) and name.startswith(family.final_norm + ".")
-        if stream is not None and is_final_norm and after.tied and table_on_stream(family, config):
-            is_gain = line.spec.axes[0].role is Role.GAIN
-            offset = family.gain_offset if is_gain else 0
-            balanced = _balanced(stream, self.base.read(origin) + offset, is_gain=is_gain)
-            return balanced / table_factor(family, before, after) - offset
-        return weight
-
-
-def table_on_stream(family: Family, config: Config) -> bool:
-    """Whether the input table writes the residual stream itself (some OPT models project in between)."""
-    return "hidden" in family.layout(config)[family.embedding].spec.dimensions
-
-
-def table_factor(family: Family, before: Sizes, after: Sizes) -> float:
-    """Scale of the input table that makes up for a multiplier of ``sqrt(hidden)``."""
-    if family.embedding_multiplier != "sqrt(hidden)":
-        return 1.0
-    return sqrt(before.hidden_size) / sqrt(after.hidden_size)
-
-
-def _balanced(stream: Fold, stored_S: Tensor, *, is_gain: bool) -> Tensor:
-    """The last norm's gain or shift before a tied table, whose columns are both written and read with the amplitude.
-
-    With ``E_i = ratio_i E_rep`` the logits keep ``sum_i ratio_i^2 g_i`` of a gain and ``sum_i ratio_i b_i`` of a shift.
-    """
-    power = 2 if is_gain else 1
-    used = (stream.group_S >= 0).nonzero().squeeze(1)
-    terms = stored_S[used].double() * stream.ratio_S[used] ** power
-    total_T = torch.zeros(stream.target, dtype=torch.float64).index_add_(0, stream.group_S[used], terms)
-    return (total_T / stream.amplitude_T**power).to(stored_S.dtype)
-
-
-def shrunk_config(family: Family, config: Config, sizes: Sizes, layers: tuple[int, ...]) -> dict[str, object]:
-    """``config`` with smaller sizes, and every per-layer list cut to the layers that stay."""
-    edited = sizes.into_config(family, config)
-    for key in family.per_layer:
-        value = config.get(key)
-        if isinstance(value, list):
-            edited[key] = [value[layer] for layer in layers]
-    return edited
+    def prepared(self, weights: Weights) -> Weights:
+        """The same function with weights as they must be before this is done to them."""
 
 
 def fold_tensor(
@@ -240,6 +143,7 @@ def fold_tensor(
     weight: Tensor,
     layer: int | None,
     folds: Mapping[Key, Fold],
+    stream: Encoder | None,
     sizes: Mapping[str, int],
 ) -> Tensor:
     """Fold every axis of one tensor.
@@ -250,10 +154,11 @@ def fold_tensor(
         weight: its source values.
         layer: the *source's* layer that it belongs to, None outside the blocks.
         folds: the folds.
+        stream: what becomes of the residual stream.
         sizes: the source's size of every dimension.
     """
     for position, axis in enumerate(line.spec.axes):
-        fold = axis_fold(axis, layer, folds, sizes)
+        fold = stream if axis.dimensions == ("hidden",) else axis_fold(axis, layer, folds, sizes)
         if fold is None:
             continue
         if axis.role is Role.READ:
@@ -291,8 +196,8 @@ def axis_fold(
 
 
 def _space(dimension: str, axis: Axis, layer: int | None, folds: Mapping[Key, Fold]) -> Fold | None:
-    if dimension == "hidden":
-        return folds.get(("hidden", None))
+    if layer is None:
+        return None
     normed = axis.normed or axis.role is Role.GAIN
     found = folds.get((f"normed {dimension}", layer)) if normed else None
     return found or folds.get((dimension, layer))

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from dslm.families.axes import Role
-from dslm.shrink.fold import Fold, table_on_stream
+from dslm.shrink.fold import Encoder
 from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.rotate import Rotation
 from dslm.shrink.solve import Moments, solve
 from dslm.shrink.streams import Streams
 from dslm.shrink.walk import Walk
+from dslm.shrink.weights import table_on_stream
 
 
 def fit_head(
-    teacher: Walk, student: Walk, stream: Fold | None, streams: Streams, recipe: Recipe
+    teacher: Walk, student: Walk, stream: Encoder | None, streams: Streams, recipe: Recipe
 ) -> dict[str, Tensor]:
     """Fit the end of the student.
 
@@ -51,8 +53,11 @@ def fit_head(
         one.summed()
     if tied:
         return _balanced_norm(teacher, student, sums)
-    eye_DD = torch.eye(streams.teacher.shape[-1], device=student.device)
-    decoder_DS = eye_DD if stream is None else stream.read(eye_DD, 1)
+    decoder_DS = torch.eye(streams.teacher.shape[-1], device=student.device)
+    if isinstance(stream, Rotation) and family.head in stream.gains:
+        decoder_DS = decoder_DS * (teacher.weights.read(stream.gains[family.head]) + family.gain_offset)
+    if stream is not None:
+        decoder_DS = stream.read(decoder_DS, 1)
     found = solve(sums[True], sums[False], decoder_DS, {"head": slice(None)}, ridges=recipe.ridges)["head"]
     table = family.embedding if family.is_tied(teacher.weights.config) else family.head
     return {family.head: teacher.weights.read(table) @ found.weight_YX.cpu()}

@@ -17,11 +17,12 @@ from torch import Tensor
 from dslm.errors import CheckpointError
 from dslm.families import Family
 from dslm.progress import Progress
-from dslm.shrink.fold import Fold, Folded, Key, Weights
+from dslm.shrink.fold import Encoder, Fold, Key
 from dslm.shrink.head import fit_head
 from dslm.shrink.reconstruct import Rebuilder, Recipe
 from dslm.shrink.streams import Streams, empty_stream
 from dslm.shrink.walk import Walk, mean_loss
+from dslm.shrink.weights import Folded, Weights
 from dslm.sizes import Sizes
 
 
@@ -108,7 +109,7 @@ def rebuild(
     source: Weights,
     target: Sizes,
     layers: tuple[int, ...],
-    stream: Fold | None,
+    stream: Encoder | None,
     windows: Windows,
     folder: Path,
     *,
@@ -132,8 +133,8 @@ def rebuild(
         progress: called with a label, blocks done and blocks in all.
     """
     before = Sizes.from_config(source.family, source.config)
-    folds: dict[Key, Fold] = {} if stream is None else {("hidden", None): stream}
-    base = Folded(source, target, layers, folds)
+    folds: dict[Key, Fold] = {}
+    base = Folded(source, target, layers, folds, stream)
     teacher, student = Walk(source, device), Walk(base, device)
     tokens = windows.all
     embedded = teacher.embed(tokens)
@@ -145,7 +146,7 @@ def rebuild(
         held_out=len(windows.held_out),
     )
     run = _Run(teacher, student, streams, folder)
-    rebuilder = Rebuilder(teacher, student, folds, before, target, recipe or Recipe())
+    rebuilder = Rebuilder(teacher, student, folds, stream, before, target, recipe or Recipe())
     following = (*layers[1:], before.num_hidden_layers)
     for layer, (origin, until) in enumerate(zip(layers, following, strict=True)):
         run.keep(f"block-{layer}", rebuilder.block(layer, origin, until, streams))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dslm.shrink.fold import Fold, Key, axis_fold
+from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.refine import refine
 from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
 from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
@@ -53,6 +53,7 @@ class Rebuilder:
         teacher: the model to follow.
         student: the smaller model, whose weights are the teacher's seen through ``folds``.
         folds: space -> fold; the folds of a block are chosen when it is reached.
+        stream: what becomes of the residual stream; None if it stays.
         source: the teacher's sizes.
         target: the student's sizes.
         recipe: how blocks are rebuilt.
@@ -62,6 +63,7 @@ class Rebuilder:
     teacher: Walk
     student: Walk
     folds: dict[Key, Fold]
+    stream: Encoder | None
     source: Sizes
     target: Sizes
     recipe: Recipe
@@ -212,8 +214,7 @@ class Rebuilder:
 
     def _encoded(self, hidden_ND: Tensor) -> Tensor:
         """The teacher's stream as the student carries it."""
-        stream = self.folds.get(("hidden", None))
-        return hidden_ND if stream is None else stream.write(hidden_ND, -1)
+        return hidden_ND if self.stream is None else self.stream.write(hidden_ND, -1)
 
     def _accept(self, moments: dict[bool, Moments], prior_YX: Tensor, names: list[str]) -> None:
         """Solve for some matrices that read the same input, and put the results in place."""

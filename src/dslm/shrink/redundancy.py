@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from dslm.families import Family
 from dslm.families.family import Config
-from dslm.plan_shrink import SHRUNK, layers_can_go, stream_can_shrink
+from dslm.plan_shrink import SHRUNK, stream_can_shrink
 from dslm.progress import Progress
 from dslm.shrink.find_twins import LayerTwins, Twins, find_twins
-from dslm.shrink.fold import Fold, Folded, Key, Weights
+from dslm.shrink.fold import Fold, Key
 from dslm.shrink.packing import (
     distinct_units,
     fold_heads,
@@ -22,6 +22,7 @@ from dslm.shrink.packing import (
     head_counts,
     stream_sizes,
 )
+from dslm.shrink.weights import Folded, Weights
 from dslm.sizes import Sizes, count_parameters, differing, is_legal
 
 
@@ -58,9 +59,12 @@ def exact_stage(weights: Weights, target: Sizes, *, progress: Progress | None = 
     after = _smallest(family, config, before, target, twins, kept)
     if after == before:
         return Reduced(weights, {})
-    folds = _folds(before, after, twins, kept)
+    stream = None
+    if after.hidden_size != before.hidden_size:
+        stream = fold_stream(twins.stream, after.hidden_size, whole=twins.whole)
+    smaller = Folded(weights, after, kept, _folds(before, after, twins, kept), stream)
     removed = {word: int(old) - int(new) for word, (old, new) in differing(before, after).items()}
-    return Reduced(Folded(base=weights, sizes=after, layers=kept, folds=folds), removed)
+    return Reduced(smaller, removed)
 
 
 def _kept_layers(
@@ -69,7 +73,7 @@ def _kept_layers(
     """Layers that write something, and as many of the others as the floor asks for."""
     silent = [number for number, layer in enumerate(layers) if layer.silent]
     # Where a block ends in a norm of the stream it changes the stream even if it adds nothing to it.
-    if not family.holds(family.norm_on_read, config) or not layers_can_go(family, config):
+    if not family.holds(family.norm_on_read, config):
         silent = []
     gone = set(silent[max(0, len(silent) - (len(layers) - floor)) :]) if len(layers) > floor else set()
     return tuple(number for number in range(len(layers)) if number not in gone)
@@ -97,8 +101,6 @@ def _smallest(
 
 def _folds(before: Sizes, after: Sizes, twins: Twins, kept: tuple[int, ...]) -> dict[Key, Fold]:
     folds: dict[Key, Fold] = {}
-    if after.hidden_size != before.hidden_size:
-        folds["hidden", None] = fold_stream(twins.stream, after.hidden_size, whole=twins.whole)
     heads = after.num_attention_heads, after.num_key_value_heads
     for number in kept:
         layer = twins.layers[number]

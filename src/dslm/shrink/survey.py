@@ -1,19 +1,15 @@
-"""One pass over the teacher before shrinking: which layers can go, and which channels of the stream matter.
+"""A pass over the teacher before shrinking: which layers can go.
 
-Shape letters: B windows, T tokens, D hidden size, L layers.
+Shape letters: B windows, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dslm.progress import Progress
-from dslm.shrink.fold import Fold
-from dslm.shrink.select import choose_channels
-from dslm.shrink.tap import anatomy, tap
 from dslm.shrink.walk import Walk, mean_loss
 
 _WINDOWS, _TOKENS = 4, 512
@@ -87,50 +83,3 @@ def choose_layers(
         if removal_losses(walk, ids_BT, [cheapest], progress)[0] < loss:
             gone = cheapest
     return tuple(layer for layer in range(layers) if layer not in gone)
-
-
-def choose_stream(walk: Walk, ids_BT: Tensor, count: int, progress: Progress | None = None) -> Fold:
-    """The channels of the stream to keep: those that carry most of what its readers make of it.
-
-    A channel's score is its share of the power of what each reader computes, ``E[u_j^2] |W_.j|^2`` with ``u`` the
-    reader's input, summed over all readers, the output table among them.
-
-    Args:
-        walk: the model.
-        ids_BT: windows to measure on, int64.
-        count: channels to keep.
-        progress: called with a label, blocks done and blocks in all.
-    """
-    stream = walk.embed(ids_BT)
-    width = stream.shape[-1]
-    scores = torch.zeros(width, dtype=torch.float64)
-    power = torch.zeros(width, dtype=torch.float64)
-    for layer in range(len(walk.blocks)):
-        with walk.block(layer):
-            readers = [s.names for s in anatomy(walk, layer, stream[:1]).stages if not s.writes]
-            seen = tap(walk, layer, stream, inputs=[names[0] for names in readers])
-            for names in readers:
-                mean_D = seen[names[0]].square().mean(dim=0).double()
-                for name in names:
-                    scores += _share(mean_D, walk.get(name))
-            power += _power(stream)
-            stream = walk.run(layer, stream)
-        if progress is not None:
-            progress("ranking channels", layer + 1, len(walk.blocks))
-    with walk.head():
-        inputs = walk.before_head(stream)
-        table = walk.model.get_output_embeddings().weight
-        if table.shape[1] == len(scores):
-            scores += _share(inputs.square().mean(dim=0).double(), table)
-    return choose_channels(scores, power + _power(stream), count)
-
-
-def _share(mean_D: Tensor, weight_YD: Tensor) -> Tensor:
-    contribution_D = (mean_D * weight_YD.double().square().sum(dim=0)).cpu()
-    return contribution_D / contribution_D.sum().clamp_min(1e-300)
-
-
-def _power(stream_BTD: Tensor) -> Tensor:
-    """Mean square of each channel, every token scaled to a mean square of one."""
-    scale = stream_BTD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
-    return (stream_BTD.square() / scale).mean(dim=(0, 1)).double().cpu()

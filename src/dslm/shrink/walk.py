@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dslm.errors import CheckpointError, DslmError, VerificationError
 from dslm.families import Tensor as TableTensor
 from dslm.load import pick_device
-from dslm.shrink.fold import Weights
+from dslm.shrink.weights import Weights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _WINDOWS = 8

@@ -1,0 +1,163 @@
+"""Where the numbers of a model come from while it shrinks: a checkpoint, or another model seen through folds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dslm.checkpoint.reader import Checkpoint
+from dslm.families import Family
+from dslm.families import Tensor as TableTensor
+from dslm.families.axes import Role
+from dslm.families.family import Config
+from dslm.shrink.fold import Encoder, Fold, Key, fold_tensor
+from dslm.sizes import Sizes
+
+
+class Weights(Protocol):
+    """Named tensors of one model, read one at a time."""
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+
+    @property
+    def config(self) -> Config:
+        """The model's config."""
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, in float32 or wider."""
+
+
+@dataclass(frozen=True)  # no slots: the config is read once
+class Stored:
+    """The weights of a checkpoint on disk."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return self.checkpoint.family
+
+    @cached_property
+    def config(self) -> Config:
+        """The model's config, in which what differs between layers is listed by layer."""
+        return listed_config(self.checkpoint.family, self.checkpoint.config)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, in float32, or float64 if it is stored so.
+
+        Raises:
+            CheckpointError: it holds NaN or infinite numbers.
+        """
+        stored = self.checkpoint.read_finite_rows(name, 0, self.checkpoint.entries[name].shape[0])
+        return stored if stored.dtype is torch.float64 else stored.float()
+
+
+@dataclass(frozen=True, eq=False)  # no slots: what follows from the sizes is computed once
+class Folded:
+    """Weights seen through folds: a smaller model, computed a tensor at a time.
+
+    Attributes:
+        base: the weights they come from.
+        sizes: the smaller model's sizes.
+        layers: the source layer of each target layer.
+        folds: space -> its fold, by the *source's* layer; a space that is absent stays as it is.
+        stream: what becomes of the residual stream; None if it stays.
+    """
+
+    base: Weights
+    sizes: Sizes
+    layers: tuple[int, ...]
+    folds: Mapping[Key, Fold]
+    stream: Encoder | None = None
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return self.base.family
+
+    @cached_property
+    def config(self) -> Config:
+        """The smaller model's config."""
+        return shrunk_config(self.family, self.base.config, self.sizes, self.layers)
+
+    @cached_property
+    def _layout(self) -> dict[str, TableTensor]:
+        return self.family.layout(self.config)
+
+    @cached_property
+    def _prepared(self) -> Weights:
+        return self.base if self.stream is None else self.stream.prepared(self.base)
+
+    @cached_property
+    def _base_layout(self) -> dict[str, TableTensor]:
+        return self.family.layout(self.base.config)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor of the smaller model."""
+        family, config = self.family, self.base.config
+        line = self._layout[name]
+        layer = None if line.layer is None else self.layers[line.layer]
+        origin = name if layer is None else name.replace(f".{line.layer}.", f".{layer}.", 1)
+        weight = self._prepared.read(origin if origin in self._base_layout else family.embedding)
+        weight = fold_tensor(family, line, weight, layer, self.folds, self.stream, family.dimensions(config))
+        before, after = Sizes.from_config(family, config), self.sizes
+        if name == family.embedding:
+            return weight * table_factor(family, before, after)
+        stream = self.stream
+        is_final_norm = bool(family.final_norm) and name.startswith(family.final_norm + ".")
+        if stream is not None and is_final_norm and after.tied and table_on_stream(family, config):
+            is_gain = line.spec.axes[0].role is Role.GAIN
+            offset = family.gain_offset if is_gain else 0
+            balanced = stream.balanced(self._prepared.read(origin) + offset, is_gain=is_gain)
+            return balanced / table_factor(family, before, after) - offset
+        return weight
+
+
+def table_on_stream(family: Family, config: Config) -> bool:
+    """Whether the input table writes the residual stream itself (some OPT models project in between)."""
+    return "hidden" in family.layout(config)[family.embedding].spec.dimensions
+
+
+def table_factor(family: Family, before: Sizes, after: Sizes) -> float:
+    """Scale of the input table that makes up for a multiplier of ``sqrt(hidden)``."""
+    if family.embedding_multiplier != "sqrt(hidden)":
+        return 1.0
+    return sqrt(before.hidden_size) / sqrt(after.hidden_size)
+
+
+def shrunk_config(family: Family, config: Config, sizes: Sizes, layers: tuple[int, ...]) -> dict[str, object]:
+    """``config`` with smaller sizes, and every per-layer list cut to the layers that stay."""
+    edited = sizes.into_config(family, config)
+    for key in family.per_layer:
+        value = config.get(key)
+        if isinstance(value, list):
+            edited[key] = [value[layer] for layer in layers]
+    return edited
+
+
+def listed_config(family: Family, config: Config) -> Config:
+    """``config`` with every list that has an entry per layer written out, as transformers' config class does.
+
+    Older files of Gemma 2, and SmolLM3 with an interval, list nothing: what a layer does follows from its number. When
+    layers before it go, it must stay what it was.
+    """
+    # Older files of Qwen list no layer types and attend to everything unless windows are on.
+    harmless = {"layer_types"} if family.resolve(config).get("use_sliding_window") is False else set()
+    missing = {key for key in family.per_layer if not isinstance(config.get(key), list)} - harmless
+    if not missing:
+        return config
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    whole = AutoConfig.for_model(config["model_type"], **values)
+    lists = {key: getattr(whole, key, None) for key in sorted(missing)}
+    return {**config, **{key: list(value) for key, value in lists.items() if value is not None}}

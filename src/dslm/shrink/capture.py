@@ -49,7 +49,7 @@ _KEPT = {
     "heads": (0.9, 0.75, 0.5, 0.25),
     "stream": (0.9, 0.75, 0.5, 0.25),
 }
-_FORMAT = 1  # of the cache; raised when a capture measures something else
+_FORMAT = 2  # of the cache; raised when a capture measures something else
 
 _log = logging.getLogger(__name__)
 

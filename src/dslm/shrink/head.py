@@ -55,12 +55,14 @@ def fit_head(
         return _balanced_norm(teacher, student, sums)
     decoder_DS = torch.eye(streams.teacher.shape[-1], device=student.device)
     if isinstance(stream, Rotation) and family.head in stream.gains:
-        decoder_DS = decoder_DS * (teacher.weights.read(stream.gains[family.head]) + family.gain_offset)
+        gain_D = teacher.weights.read(stream.gains[family.head]) + family.gain_offset
+        decoder_DS = decoder_DS * gain_D.to(decoder_DS)
     if stream is not None:
         decoder_DS = stream.read(decoder_DS, 1)
     found = solve(sums[True], sums[False], decoder_DS, {"head": slice(None)}, ridges=recipe.ridges)["head"]
     table = family.embedding if family.is_tied(teacher.weights.config) else family.head
-    return {family.head: teacher.weights.read(table) @ found.weight_YX.cpu()}
+    table_VD = teacher.weights.read(table)
+    return {family.head: table_VD @ found.weight_YX.cpu().to(table_VD)}
 
 
 def _balanced_norm(teacher: Walk, student: Walk, sums: dict[bool, Moments]) -> dict[str, Tensor]:

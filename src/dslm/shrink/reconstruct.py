@@ -237,7 +237,7 @@ class Rebuilder:
             self.student,
             layer,
             streams.student,
-            lambda windows: self._encoded(streams.ahead[windows]),
+            lambda windows: self._encoded(streams.ahead[windows].to(self.student.device)),
             streams.fit,
             range(streams.fit, streams.fit + streams.held_out),
             steps=self.recipe.refine,
@@ -253,7 +253,7 @@ class Rebuilder:
             streams.student[windows] = out
             streams.teacher[windows] = streams.ahead[windows]
             if windows.start in held_out:
-                goal = self._encoded(streams.teacher[windows])
+                goal = self._encoded(streams.teacher[windows].to(self.student.device)).cpu()
                 scale = goal.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
                 off += float(((out - goal).square() / scale).sum())
                 whole += goal.numel()

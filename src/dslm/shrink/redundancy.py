@@ -92,7 +92,10 @@ def _smallest(
     if stream_can_shrink(family, config, before.tied):
         widths = stream_sizes(twins.stream, target.hidden_size, whole=twins.whole) or widths
     found = [shape]
+    group = target.num_attention_heads // target.num_key_value_heads
     for heads, kv_heads in head_counts(layers, (target.num_attention_heads, target.num_key_value_heads)):
+        if heads // kv_heads < group:  # what is cut after this cannot make larger groups
+            continue
         with_heads = shape.replace(num_attention_heads=heads, num_key_value_heads=kv_heads)
         tried = (with_heads.replace(hidden_size=width) for width in widths)
         found += [sizes for sizes in tried if is_legal(family, config, sizes)][:1]

@@ -121,7 +121,7 @@ def read_norms(walk: Walk, layer: int, hidden_BTS: Tensor) -> tuple[dict[str, st
         Weight of each reader -> the norm's gain, and the input of each norm, ``[N, S]``, every token scaled to a mean
         square of one; None if the block cannot be rotated: no RMSNorm, a reader without one in front, a norm elsewhere.
     """
-    if walk.weights.family.norm != "rms":
+    if not walk.weights.family.rotates:
         return None
     norms = {
         place.owners[0][0]: name

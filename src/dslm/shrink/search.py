@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dslm.checkpoint.reader import Checkpoint
+from dslm.plan_shrink import check_groups
 from dslm.progress import Progress
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.capture import Capture, captured, damage, shares_cut
@@ -142,6 +143,7 @@ def _built(
     """Build a shape as ``down`` does, on few windows, and measure its loss."""
     reduced, target = exact_stage(weights, shape.sizes, progress=progress).weights, shape.sizes
     before, where = Sizes.from_config(reduced.family, reduced.config), walking_device(device)
+    check_groups(before, target, reduced.family, reduced.config)
     windows = Windows(windows.fit[:FIT], windows.held_out[:HELD_OUT], {})
     walk = Walk(reduced, where)
     layers = choose_layers(walk, few(windows.fit), target.num_hidden_layers, progress)

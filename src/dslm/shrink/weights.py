@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
+from dslm.errors import CheckpointError
 from dslm.families import Family
 from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Role
@@ -145,10 +146,13 @@ def shrunk_config(family: Family, config: Config, sizes: Sizes, layers: tuple[in
 
 
 def listed_config(family: Family, config: Config) -> Config:
-    """``config`` with every list that has an entry per layer written out, as transformers' config class does.
+    """``config`` with the lists that tell layers apart written out, as transformers' config class does.
 
     Older files of Gemma 2, and SmolLM3 with an interval, list nothing: what a layer does follows from its number. When
-    layers before it go, it must stay what it was.
+    layers before it go, it must stay what it was. Where all layers are alike nothing is added.
+
+    Raises:
+        CheckpointError: transformers does not tell the layers apart either.
     """
     # Older files of Qwen list no layer types and attend to everything unless windows are on.
     harmless = {"layer_types"} if family.resolve(config).get("use_sliding_window") is False else set()
@@ -159,5 +163,13 @@ def listed_config(family: Family, config: Config) -> Config:
 
     values = {key: value for key, value in config.items() if key != "model_type"}
     whole = AutoConfig.for_model(config["model_type"], **values)
-    lists = {key: getattr(whole, key, None) for key in sorted(missing)}
-    return {**config, **{key: list(value) for key, value in lists.items() if value is not None}}
+    lists = {}
+    for key in sorted(missing):
+        found = getattr(whole, key, None)
+        if found is None:
+            raise CheckpointError(
+                f"config.json does not list {key}, and the installed transformers does not either",
+                f"write {key} out, one entry per layer, or install a newer transformers",
+            )
+        lists[key] = list(found)
+    return {**config, **lists}

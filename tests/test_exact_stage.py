@@ -81,6 +81,19 @@ def test_down_undoes_a_growth_that_changed_the_size_of_groups(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_twin_heads_do_not_cost_the_groups_that_are_asked_for(tmp_path):
+    """With twins gone each group would have one query head, and no group of two could be made again."""
+    model = make_model("llama", "gqa-tied")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            heads = layer.self_attn.q_proj.weight.view(4, 8, 32)
+            heads[1], heads[3] = heads[0], heads[2]
+    source = open_folder(save(model, tmp_path / "source"))
+    target = source.sizes.replace(num_attention_heads=2, num_key_value_heads=1)
+    shrinking.down(source, tmp_path / "out", target)
+    assert open_folder(tmp_path / "out").sizes == target
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("split", [{"split": "even"}, {"split": "uneven"}, {"snr_db": 10.0}], ids=str)
 @pytest.mark.parametrize(

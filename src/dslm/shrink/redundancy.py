@@ -93,9 +93,9 @@ def _smallest(
         widths = stream_sizes(twins.stream, target.hidden_size, whole=twins.whole) or widths
     found = [shape]
     group = target.num_attention_heads // target.num_key_value_heads
-    for heads, kv_heads in head_counts(layers, (target.num_attention_heads, target.num_key_value_heads)):
-        if heads // kv_heads < group:  # what is cut after this cannot make larger groups
-            continue
+    counts = head_counts(layers, (target.num_attention_heads, target.num_key_value_heads))
+    # What is cut after this cannot make larger groups again.
+    for heads, kv_heads in [pair for pair in counts if pair[0] // pair[1] >= group] or counts:
         with_heads = shape.replace(num_attention_heads=heads, num_key_value_heads=kv_heads)
         tried = (with_heads.replace(hidden_size=width) for width in widths)
         found += [sizes for sizes in tried if is_legal(family, config, sizes)][:1]

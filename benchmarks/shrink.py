@@ -23,7 +23,7 @@ import torch
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
 from dslm.shrink import reconstruct
-from dslm.shrink.encoder import choose_stream
+from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.streams import batches
@@ -123,9 +123,10 @@ def main() -> None:
             begin, stream = time.perf_counter(), None
             if target.hidden_size != source.sizes.hidden_size:
                 rotate = method not in ("no_rotation", "magnitude")
-                stream = choose_stream(
-                    Walk(Stored(source)), few(windows.fit), target.hidden_size, rotate=rotate
+                survey = survey_stream(
+                    Walk(Stored(source)), few(windows.fit), tied=target.tied, rotate=rotate
                 )
+                stream = survey.encoder(target.hidden_size)
             scores = (lambda power, writer: writer.norm(dim=0)) if method == "magnitude" else None
             with (
                 tempfile.TemporaryDirectory() as folder,

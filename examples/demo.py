@@ -14,6 +14,7 @@ from pathlib import Path
 MODEL = "demo:smollm2-135m"
 OUT = Path("demo-output")
 DSLM = str(Path(sys.executable).with_name("dslm"))
+TALK = ["--temperature", "0", "-n", "24", "--dtype", "float32", "-q"]
 STEPS = [
     ("What is it? Headers only: nothing is loaded.", ["desc", MODEL]),
     ("Which shapes near 360M parameters are legal?", ["plan", MODEL, "--params", "360M", "-n", "4"]),
@@ -66,10 +67,10 @@ STEPS = [
             "--overwrite",
         ],
     ),
-    ("They talk. The source:", ["gen", MODEL, "--temperature", "0", "-n", "24", "-q"]),
-    ("The model of twice the width:", ["gen", f"{OUT}/double", "--temperature", "0", "-n", "24", "-q"]),
-    ("The smaller one:", ["gen", f"{OUT}/smaller", "--temperature", "0", "-n", "24", "-q"]),
-    ("The padded one:", ["gen", f"{OUT}/padded", "--temperature", "0", "-n", "24", "-q"]),
+    ("They talk; in float32, where rounding tips no near tie. The source:", ["gen", MODEL, *TALK]),
+    ("The model of twice the width:", ["gen", f"{OUT}/double", *TALK]),
+    ("The smaller one:", ["gen", f"{OUT}/smaller", *TALK]),
+    ("The padded one:", ["gen", f"{OUT}/padded", *TALK]),
 ]
 
 

@@ -8,25 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import dslm.shrink.down as down_module
 import pico
-from dslm.cli.main import run
+from calling import caller
 from dslm.shrink.down import Shrunk
 from dslm.sizes import count_parameters
+from tokenizing import add_tokenizer
 
 FITTED = ["--samples", "16", "--sequence-length", "32"]
-
-
-def add_tokenizer(folder: Path) -> None:
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, pico.VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -56,11 +46,10 @@ def call(source, monkeypatch, capsys):
     """Run ``dslm down`` or another command on the model: exit code, stdout, stderr."""
     monkeypatch.chdir(source.parent)
 
+    plain = caller(capsys)
+
     def call(*arguments, command: str = "down"):
-        capsys.readouterr()
-        code = run([command, str(source), *(str(a) for a in arguments)])
-        out, err = capsys.readouterr()
-        return code, out, err
+        return plain(command, source, *arguments)
 
     return call
 

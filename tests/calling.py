@@ -1,21 +1,10 @@
 """Calling the command line in a test: a model with and one without a tokenizer, and what is printed."""
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import pico
 from dslm.cli.main import run
-
-
-def add_tokenizer(folder, words=pico.VOCAB):
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    fast.save_pretrained(folder)
+from tokenizing import add_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +21,20 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def call(capsys):
-    """Run a command line in this process: exit code, stdout, stderr."""
+def caller(capsys):
+    """A function that runs a command line in this process: exit code, stdout, stderr."""
 
     def call(*arguments):
         capsys.readouterr()
         code = run([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
+        return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def call(capsys):
+    return caller(capsys)
 
 
 def one_line(err):

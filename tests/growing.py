@@ -49,6 +49,16 @@ def off(before: torch.Tensor, after: torch.Tensor) -> float:
     return ((before - after).abs().max() / before.abs().max()).item()
 
 
+def doubled(sizes: Sizes) -> Sizes:
+    """Twice the width, the FFN and the heads."""
+    return sizes.replace(
+        hidden_size=2 * sizes.hidden_size,
+        intermediate_size=2 * sizes.intermediate_size,
+        num_attention_heads=2 * sizes.num_attention_heads,
+        num_key_value_heads=2 * sizes.num_key_value_heads,
+    )
+
+
 def draw_target(family: Family, config: dict, dimension: str, draw: random.Random) -> Sizes:
     """Random legal sizes that grow one dimension, or all of them."""
     source = Sizes.from_config(family, config)

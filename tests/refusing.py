@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import growing
 import pico
 from dslm.checkpoint.reader import open_folder
 from dslm.cli.main import run
@@ -52,14 +53,9 @@ def nothing_happens(folder: Path) -> Iterator[None]:
 
 def doubled(source: Path, **options) -> Plan:
     checkpoint = open_folder(source)
-    sizes = checkpoint.sizes
-    target = sizes.replace(
-        hidden_size=2 * sizes.hidden_size,
-        intermediate_size=2 * sizes.intermediate_size,
-        num_attention_heads=2 * sizes.num_attention_heads,
-        num_key_value_heads=2 * sizes.num_key_value_heads,
+    return plan_growth(
+        "tiny", checkpoint.family, checkpoint.config, growing.doubled(checkpoint.sizes), **options
     )
-    return plan_growth("tiny", checkpoint.family, checkpoint.config, target, **options)
 
 
 def grow(source: Path, out: Path, **options) -> None:

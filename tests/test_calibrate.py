@@ -3,75 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
+import calibrating
 import pico
+from calibrating import SIZES, ids, install_datasets, jsonl, rows, words
 from dslm.checkpoint.reader import open_folder
-from dslm.errors import CheckpointError, MissingExtraError, RecipeError
+from dslm.errors import CheckpointError, RecipeError
 from dslm.shrink.calibrate import OPENINGS, _write, calibration, check_windows
+from tokenizing import BOS, EOS
 
-BOS, EOS = 1, 2
-SIZES = {"samples": 16, "length": 32, "seed": 0}
-
-
-def add_tokenizer(folder, *, words=pico.VOCAB, bos=False, eos=True):
-    vocab = {"<pad>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, words)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
-    ends = {"eos_token": "</s>"} if eos else {}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", **ends
-    ).save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    """An opened tiny model, with the tokenizer that is asked for; None is none."""
-    model = pico.make_model("llama", "gqa-tied")
-
-    def make(**tokenizer):
-        folder = pico.save(model, tmp_path_factory.mktemp("model") / "tiny")
-        if tokenizer:
-            add_tokenizer(folder, **tokenizer)
-        return open_folder(folder)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def plain(make):
-    return make(bos=False)
-
-
-@pytest.fixture(scope="module")
-def bare(make):
-    return make()
-
-
-def words(count, seed=0):
-    return " ".join(f"w{random.Random(seed * 10_007 + i).randrange(3, pico.VOCAB)}" for i in range(count))
-
-
-def ids(text):
-    return [int(word[1:]) for word in text.split()]
-
-
-def jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def rows(windows):
-    return {tuple(row) for row in windows.tolist()}
+make, plain, bare = calibrating.make, calibrating.plain, calibrating.bare  # fixtures
 
 
 def test_a_text_is_cut_into_windows_in_order_and_the_last_ones_are_held_out(plain, tmp_path):
@@ -213,80 +157,6 @@ def test_what_is_written_is_what_the_model_would_say(family, monkeypatch):
     assert windows[1, :3].tolist() == [7, 8, 9]
 
 
-class DatasetsError(Exception):
-    """The package's own base of errors."""
-
-
-def install_datasets(monkeypatch, found):
-    """Stand in for the optional package: gives rows, or raises."""
-
-    def load_dataset(name, *, split, streaming):
-        assert (name, split, streaming) == ("someone/something", "train", True)
-        if isinstance(found, Exception):
-            raise found
-        return iter(found)
-
-    monkeypatch.setitem(
-        sys.modules,
-        "datasets",
-        SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=DatasetsError)),
-    )
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-
-def test_of_a_long_data_set_only_the_head_is_read(plain, monkeypatch):
-    read = []
-
-    def endless():
-        while True:
-            read.append(None)
-            yield {"text": words(20, seed=len(read))}
-
-    install_datasets(monkeypatch, endless())
-    told = []
-    found = calibration(plain, "someone/something", **SIZES, progress=lambda *a: told.append(a))
-    assert (len(found.train), len(found.held_out)) == (14, 2)
-    assert len(read) < 200
-    assert told[-1][0] == "reading someone/something"
-    assert told[-1][1] == told[-1][2]
-
-
-BAD_FILES = {
-    "empty.txt": (b"", "is empty"),
-    "blank.txt": (b" \n\n", "is empty"),
-    "empty.jsonl": (b'{"text": ""}\n', "is empty"),
-    "latin.txt": (b"caf\xe9 ", "not UTF-8 text (byte 3)"),
-    "binary.txt": (b"w3\0w4", "is a binary file"),
-    "broken.jsonl": (b'{"text": "w3"}\n\n{"text": \n', "line 3 of "),
-    "list.jsonl": (b"[1]\n", "line 1 of "),
-    "keys.jsonl": (b'{"text": "w3"}\n{"body": "w3", "id": 7}\n', "has 'body', 'id'; the text must be under"),
-    "number.jsonl": (b'{"text": 3}\n', "has 'text'; the text must be under"),
-    "short.txt": (b"w3 " * 63, "has 63 tokens, and 2 windows of 32 need 64"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_refused(plain, tmp_path, name):
-    content, said = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(RecipeError) as caught:
-        calibration(plain, str(tmp_path / name), **SIZES)
-    assert said in str(caught.value)
-    assert str(tmp_path / name) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("source", ["/no/such.txt", "./such", "data/such.jsonl", "such", "~/no such/file"])
-def test_a_missing_file_is_refused(plain, source):
-    with pytest.raises(RecipeError, match=r"there is no file .*such"):
-        calibration(plain, source, **SIZES)
-
-
-def test_a_folder_is_refused(plain, tmp_path):
-    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
-        calibration(plain, str(tmp_path), **SIZES)
-
-
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
@@ -334,38 +204,3 @@ def test_a_broken_model_writes_nothing(make):
     broken.save_pretrained(checkpoint.folder)
     with pytest.raises(CheckpointError, match="logits are not numbers"):
         calibration(open_folder(checkpoint.folder), None, **SIZES)
-
-
-def test_the_hub_is_not_asked_when_offline(plain):
-    with pytest.raises(
-        RecipeError, match="someone/something is no file here, and HF_HUB_OFFLINE is set; unset"
-    ):
-        calibration(plain, "someone/something", **SIZES)
-
-
-def test_the_hub_needs_a_package(plain, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError) as caught:
-        calibration(plain, "someone/something", **SIZES)
-    assert caught.value.hint == "pip install datasets"
-
-
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        (
-            FileNotFoundError("no such\nthing"),
-            "cannot be read from the hub: no such thing; check the spelling",
-        ),
-        (DatasetsError("no such split"), "cannot be read from the hub: no such split"),
-        (ValueError("Config name is missing"), "cannot be read from the hub: Config name is missing"),
-        ([{"body": "w3"}], "row 1 of someone/something has 'body'; the text must be under"),
-        ([], "the data set someone/something is empty"),
-    ],
-)
-def test_a_bad_data_set_is_refused(plain, monkeypatch, found, said):
-    install_datasets(monkeypatch, found)
-    with pytest.raises(RecipeError) as caught:
-        calibration(plain, "someone/something", **SIZES)
-    assert said in str(caught.value)

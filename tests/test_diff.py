@@ -7,7 +7,8 @@ import torch
 
 import calling
 import pico
-from calling import add_tokenizer, one_line
+from calling import one_line
+from tokenizing import add_tokenizer
 
 model, call = calling.model, calling.call  # fixtures
 

@@ -18,7 +18,7 @@ from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes, differing
 from dslm.verify.units import Shuffle, parts_of
-from growing import dimensions_of, draw_target, grow, grow_or_nearest, load, logits, off
+from growing import dimensions_of, doubled, draw_target, grow, grow_or_nearest, load, logits, off
 from pico import CASES, IDS, make_model, read_config, save, tokens
 
 FLOAT32 = 3e-5
@@ -130,15 +130,10 @@ def test_growth_upon_growth_is_undone_in_any_order_of_units(family, variant, tmp
 def cloned(source, folder, kind):
     """Twice the model in width, FFN and heads, the way others do it."""
     family, config = source.family, source.config
-    sizes = source.sizes
-    doubled = sizes.replace(
-        hidden_size=2 * sizes.hidden_size,
-        intermediate_size=2 * sizes.intermediate_size,
-        num_attention_heads=2 * sizes.num_attention_heads,
-        num_key_value_heads=2 * sizes.num_key_value_heads,
-    )
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(doubled.into_config(family, config)), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(doubled(source.sizes).into_config(family, config)), encoding="utf-8"
+    )
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, line in family.layout(config).items():

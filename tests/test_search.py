@@ -67,7 +67,7 @@ def test_shapes_that_are_built_differ_in_more_than_their_ffn(llama):
 
 
 def test_nothing_is_built_unless_asked(llama, monkeypatch):
-    monkeypatch.setattr(search_module, "rebuild", None)
+    monkeypatch.setattr(search_module, "approximate", None)
     wanted = round(0.8 * total(llama))
     found = search(llama, wanted, shrinking.windows(), build=0, device="cpu")
     assert found == ranked(captured(llama, shrinking.windows()), llama, wanted)

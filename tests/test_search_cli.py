@@ -15,11 +15,12 @@ import yaml
 
 import pico
 import searching
-from asking import add_tokenizer, words
+from asking import words
+from calling import caller
 from dslm.checkpoint.reader import open_folder
-from dslm.cli.main import run
 from dslm.report.shapes import SizePoint, size_picture
 from dslm.shrink import capture as capture_module
+from tokenizing import add_tokenizer
 
 cache = searching.cache  # a fixture
 
@@ -36,13 +37,7 @@ def call(original, tmp_path, monkeypatch, capsys):
     shutil.copytree(original, tmp_path / "tiny")
     (tmp_path / "text.txt").write_text(words(1200))
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = run([str(a) for a in arguments])
-        return code, *capsys.readouterr()
-
-    return call
+    return caller(capsys)
 
 
 MEASURED = ("--calibration", "text.txt", "--sequence-length", 32)

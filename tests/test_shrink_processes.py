@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import pico
 import shrinking
 from dslm.checkpoint.reader import open_folder
-from dslm.shrink.fold import select
+from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
+from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 
 # family, variant -> sizes: everything that has sums of its own, tied and not, pre-norm and post-norm
@@ -60,9 +61,11 @@ def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
     target = source.sizes.replace(**CASES[family, variant])
     scratch = place / f"scratch{len(list(place.iterdir()))}-{os.getpid()}"
     scratch.mkdir()
-    stream = select(torch.arange(4, 28), 32, 0.9) if target.hidden_size == 24 else None
+    stream, weights = None, Stored(source)
+    if target.hidden_size == 24:
+        stream = survey_stream(Walk(weights), windows.fit, tied=target.tied).encoder(24)
     layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
-    return rebuild(Stored(source), target, layers, stream, windows, scratch)
+    return rebuild(weights, target, layers, stream, windows, scratch)
 
 
 def tensors(found: Rebuilt) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import growing
 import pico
 from dslm.checkpoint.reader import open_folder
 from dslm.plan import plan_growth
@@ -18,14 +19,9 @@ def make_source(folder: Path, family: str = "llama", variant: str = "gqa-tied", 
 def grow(source: Path, out: Path, **options) -> Path:
     """Double every width that the method can grow."""
     checkpoint = open_folder(source, name="tiny")
-    sizes = checkpoint.sizes
-    target = sizes.replace(intermediate_size=2 * sizes.intermediate_size)
-    if options.get("method") != "net2net":
-        target = target.replace(
-            hidden_size=2 * sizes.hidden_size,
-            num_attention_heads=2 * sizes.num_attention_heads,
-            num_key_value_heads=2 * sizes.num_key_value_heads,
-        )
+    target = growing.doubled(checkpoint.sizes)
+    if options.get("method") == "net2net":
+        target = checkpoint.sizes.replace(intermediate_size=target.intermediate_size)
     plan = plan_growth("tiny", checkpoint.family, checkpoint.config, target, **options)
     return resize(checkpoint, plan, out).folder
 

@@ -24,7 +24,7 @@ from dslm.errors import VerificationError
 from dslm.output import headers_hash
 from dslm.plan_shrink import stream_can_shrink
 from dslm.progress import Progress
-from dslm.shrink.encoder import choose_stream
+from dslm.shrink.encoder import survey_stream
 from dslm.shrink.fold import Fold, Key, axis_fold
 from dslm.shrink.rebuild import Windows
 from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
@@ -175,11 +175,13 @@ def _stream_losses(
     found: list[tuple[tuple[str, Sizes], float]] = []
     if not stream_can_shrink(family, config, sizes.tied):
         return found
+    survey = None
     for least in _counts(sizes.hidden_size, _KEPT["stream"]):
         wider = (sizes.replace(hidden_size=width) for width in range(least, sizes.hidden_size))
         target = next((shape for shape in wider if is_legal(family, config, shape)), None)
         if target is not None:
-            stream = choose_stream(walk, ids_BT, target.hidden_size, progress)
+            survey = survey or survey_stream(walk, ids_BT, tied=sizes.tied, progress=progress)
+            stream = survey.encoder(target.hidden_size)
             narrow = Walk(Folded(walk.weights, target, layers, {}, stream), walk.device)
             found.append((("stream", target), removal_losses(narrow, ids_BT, [frozenset()])[0]))
     return found

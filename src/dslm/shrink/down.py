@@ -19,13 +19,11 @@ from dslm.output import check_place, planned, write_output
 from dslm.plan import Plan, check_plan
 from dslm.plan_shrink import check_groups
 from dslm.progress import Progress
+from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration, check_windows
-from dslm.shrink.encoder import choose_stream
-from dslm.shrink.rebuild import Windows, rebuild
+from dslm.shrink.rebuild import Windows
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.redundancy import exact_stage
-from dslm.shrink.survey import choose_layers, few
-from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Stored, Weights
 from dslm.sizes import Sizes, count_parameters
 
@@ -112,7 +110,7 @@ def shrink_checkpoint(
     reduced = exact_stage(Stored(source), plan.target, progress=progress)
     beside = next(parent for parent in out.resolve().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=beside) as scratch:
-        smaller = _approximate(source, reduced.weights, plan, check, Path(scratch), device, progress)
+        smaller = _smaller(source, reduced.weights, plan, check, Path(scratch), device, progress)
         config = with_dtype(smaller.weights.config, plan.dtype)
         measured = _figures(reduced.removed, smaller)
 
@@ -148,7 +146,7 @@ def shrink_checkpoint(
     )
 
 
-def _approximate(
+def _smaller(
     source: Checkpoint,
     weights: Weights,
     plan: Plan,
@@ -179,17 +177,9 @@ def _approximate(
     if check is not None:
         checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     windows = Windows(text.train, text.held_out, checks)
-    where = walking_device(device)
-    walk = Walk(weights, where)
-    layers = choose_layers(walk, few(text.train), target.num_hidden_layers, progress)
-    stream = None
-    if before.hidden_size != target.hidden_size:
-        stream = choose_stream(walk, few(text.train), target.hidden_size, progress)
     recipe = Recipe(solve="slice" not in plan.methods.values(), refine=asked["refine"])
-    found = rebuild(
-        weights, target, layers, stream, windows, folder, recipe=recipe, device=where, progress=progress
-    )
-    return _Smaller(found, layers, found.losses, found.errors, text.train.numel(), text.origin)
+    found = approximate(weights, target, windows, folder, recipe=recipe, device=device, progress=progress)
+    return _Smaller(found, found.base.layers, found.losses, found.errors, text.train.numel(), text.origin)
 
 
 def _figures(removed: Mapping[str, int], smaller: _Smaller) -> dict[str, float | int | str]:

@@ -9,104 +9,134 @@ Shape letters: B windows, T tokens, N tokens of all windows, S the stream's chan
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder
-from dslm.shrink.rotate import read_norms, rotation, scaled
+from dslm.shrink.rotate import rotation, scaled, watch_norms
 from dslm.shrink.select import choose_channels
-from dslm.shrink.tap import anatomy, tap
+from dslm.shrink.solve import sum_over_processes
+from dslm.shrink.tap import reads_stream, watch
 from dslm.shrink.walk import Walk
-from dslm.shrink.weights import table_on_stream
 
 
-@dataclass(slots=True, eq=False)
-class _Seen:
-    """What one pass over the teacher shows of its stream.
+class Survey(Protocol):
+    """What one pass over a model shows of its stream."""
 
-    Attributes:
-        scores_S: each channel's share of what the readers make of the stream, summed over readers.
-        power_S: sum of each channel's mean square before each block and after the last.
-        gram_SS: sum of the second moments of what the norms read.
-        gains: weight of a reader -> gain of the norm in front of it; None once a block cannot be rotated.
-    """
-
-    scores_S: Tensor
-    power_S: Tensor
-    gram_SS: Tensor
-    gains: dict[str, str] | None = field(default_factory=dict)
-
-    def look(self, walk: Walk, layer: int, stream_BTS: Tensor) -> None:
-        """Take in a loaded block and the stream before it."""
-        readers = [s.names for s in anatomy(walk, layer, stream_BTS[:1]).stages if not s.writes]
-        seen = tap(walk, layer, stream_BTS, inputs=[names[0] for names in readers])
-        for names in readers:
-            mean_S = seen[names[0]].square().mean(dim=0).double()
-            for name in names:
-                self.scores_S += _share(mean_S, walk.get(name))
-        self.power_S += scaled(stream_BTS).square().mean(dim=0).double().cpu()
-        found = None if self.gains is None else read_norms(walk, layer, stream_BTS)
-        if self.gains is None or found is None:
-            self.gains = None
-            return
-        self.gains |= found[0]
-        for x_NS in found[1]:
-            self.add(x_NS)
-
-    def add(self, x_NS: Tensor) -> None:
-        """Count some tokens, scaled to a mean square of one, for the rotation."""
-        self.gram_SS += (x_NS.T @ x_NS).double().cpu() / len(x_NS)
+    def encoder(self, count: int) -> Encoder:
+        """The encoder that keeps so many channels or directions."""
 
 
-def choose_stream(
-    walk: Walk, ids_BT: Tensor, count: int, progress: Progress | None = None, *, rotate: bool = True
-) -> Encoder:
-    """The encoder that makes the stream narrower.
-
-    A rotation keeps the leading directions of the second moment of what the norms read, tokens scaled to equal size.
-    Counting the table's rows too, or weighing by what readers make of the stream, was tried and was worse.
-    A selection keeps the channels with the largest share of the power of what the readers compute,
-    ``E[u_j^2] |W_.j|^2`` with ``u`` the reader's input, summed over readers and the output table.
+def survey_stream(
+    walk: Walk, ids_BT: Tensor, *, tied: bool, rotate: bool = True, progress: Progress | None = None
+) -> Survey:
+    """See what of the stream matters. All processes of a distributed run get the same.
 
     Args:
         walk: the model.
         ids_BT: windows to measure on, int64.
-        count: channels or directions to keep.
-        progress: called with a label, blocks done and blocks in all.
+        tied: whether the smaller model has one table.
         rotate: rotate where that is possible.
+        progress: called with a label, blocks done and blocks in all.
     """
-    family, config = walk.weights.family, walk.weights.config
     stream = walk.embed(ids_BT)
-    width = stream.shape[-1]
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64)
-
-    seen = _Seen(zeros(width), zeros(width), zeros(width, width), gains={} if rotate else None)
+    seen = (_Directions if rotate and walk.weights.family.rotates else _Channels).empty(stream.shape[-1])
     for layer in range(len(walk.blocks)):
         with walk.block(layer):
-            seen.look(walk, layer, stream)
-            stream = walk.run(layer, stream)
+            stream = seen.block(walk, layer, stream)
         if progress is not None:
             progress("ranking channels", layer + 1, len(walk.blocks))
-    seen.power_S += scaled(stream).square().mean(dim=0).double().cpu()
-    with walk.head():
-        inputs = walk.before_head(stream)
-        table = walk.model.get_output_embeddings().weight
-        if table.shape[1] == width:
-            seen.scores_S += _share(inputs.square().mean(dim=0).double(), table)
-    last_gain = f"{family.final_norm}.weight"
-    if seen.gains is None or last_gain not in walk.places or not table_on_stream(family, config):
-        return choose_channels(seen.scores_S, seen.power_S, count)
-    seen.add(scaled(stream))
-    gains = dict(seen.gains)
-    if not family.is_tied(config):
-        gains[family.head] = last_gain
-    return rotation(seen.gram_SS, walk.weights.read(last_gain) + family.gain_offset, count, gains)
+    seen.end(walk, stream, tied=tied)
+    return seen
 
 
-def _share(mean_S: Tensor, weight_YS: Tensor) -> Tensor:
-    contribution_S = (mean_S * weight_YS.double().square().sum(dim=0)).cpu()
-    return contribution_S / contribution_S.sum().clamp_min(1e-300)
+@dataclass(slots=True, eq=False)
+class _Directions:
+    """The leading directions of the second moment of what the norms read, tokens scaled to equal size.
+
+    Counting the table's rows too, or weighing by what readers make of the stream, was tried and was worse.
+
+    Attributes:
+        gram_SS: sum of the second moments.
+        last_gain_S: gain of the last norm where it stays one.
+        gains: weight of a reader -> gain of the norm in front of it.
+    """
+
+    gram_SS: Tensor
+    last_gain_S: Tensor | None = None
+    gains: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, width: int) -> _Directions:
+        return cls(torch.zeros(width, width, dtype=torch.float64))
+
+    def block(self, walk: Walk, layer: int, stream_BTS: Tensor) -> Tensor:
+        found = watch_norms(walk, layer, stream_BTS)
+        self.gains |= found.gains
+        for x_NS in found.inputs:
+            self._add(x_NS)
+        return found.out_BTS
+
+    def end(self, walk: Walk, stream_BTS: Tensor, *, tied: bool) -> None:
+        family, name = walk.weights.family, f"{walk.weights.family.final_norm}.weight"
+        self._add(scaled(stream_BTS))
+        sum_over_processes(self.gram_SS)
+        if tied:
+            self.last_gain_S = walk.weights.read(name) + family.gain_offset
+        else:
+            self.gains[family.head] = name
+
+    def _add(self, x_NS: Tensor) -> None:
+        self.gram_SS += (x_NS.T @ x_NS).double().cpu()
+
+    def encoder(self, count: int) -> Encoder:
+        return rotation(self.gram_SS, self.last_gain_S, count, self.gains)
+
+
+@dataclass(slots=True, eq=False)
+class _Channels:
+    """The channels with the largest share of the power of what the readers, the output table among them, compute.
+
+    Attributes:
+        scores_S: ``E[u_j^2] |W_.j|^2`` with ``u`` the reader's input, as a share, summed over readers.
+        power_S: sum of each channel's square, tokens scaled to equal size, before each block and after the last.
+    """
+
+    scores_S: Tensor
+    power_S: Tensor
+
+    @classmethod
+    def empty(cls, width: int) -> _Channels:
+        return cls(torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
+
+    def block(self, walk: Walk, layer: int, stream_BTS: Tensor) -> Tensor:
+        readers = [name for name in walk.linears(layer).values() if reads_stream(walk, name)]
+        out_BTS, seen = watch(walk, layer, stream_BTS, readers)
+        for name, u_NS in seen.items():
+            self.scores_S += _share(u_NS, walk.get(name))
+        self._add_power(stream_BTS)
+        return out_BTS
+
+    def end(self, walk: Walk, stream_BTS: Tensor, *, tied: bool) -> None:
+        self._add_power(stream_BTS)
+        with walk.head():
+            u_NS, table = walk.before_head(stream_BTS), walk.model.get_output_embeddings().weight
+            if table.shape[1] == len(self.scores_S):  # some OPT models project in between
+                self.scores_S += _share(u_NS, table)
+        sum_over_processes(self.power_S)
+
+    def _add_power(self, stream_BTS: Tensor) -> None:
+        self.power_S += scaled(stream_BTS).square().sum(dim=0).double().cpu()
+
+    def encoder(self, count: int) -> Encoder:
+        return choose_channels(self.scores_S, self.power_S, count)
+
+
+def _share(u_NS: Tensor, weight_YS: Tensor) -> Tensor:
+    """Each channel's share of the power of what a matrix computes, over the tokens of all processes."""
+    sums_S = sum_over_processes(u_NS.square().sum(dim=0).double())
+    power_S = sums_S * weight_YS.double().square().sum(dim=0)
+    return (power_S / power_S.sum().clamp_min(1e-300)).cpu()

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dslm.errors import CheckpointError
 from dslm.families import Family
 from dslm.families.axes import Role
 from dslm.families.family import Config
-from dslm.shrink.tap import anatomy
+from dslm.shrink.tap import reads_stream
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Weights
 
@@ -66,18 +67,21 @@ def _along(weight: Tensor, axis: int, map_TS: Tensor) -> Tensor:
     return (weight.transpose(axis, -1) @ map_TS.T).transpose(axis, -1).contiguous()
 
 
-def rotation(gram_SS: Tensor, last_gain_S: Tensor, count: int, gains: Mapping[str, str]) -> Rotation:
-    """The directions that hold most of the stream, in the basis in which the last gain is diagonal.
+def rotation(gram_SS: Tensor, last_gain_S: Tensor | None, count: int, gains: Mapping[str, str]) -> Rotation:
+    """The directions that hold most of the stream.
 
     Args:
         gram_SS: float64, sum of ``x x^T`` over a stream whose tokens are scaled to a mean square of one.
-        last_gain_S: gain of the model's last norm.
+        last_gain_S: gain of the last norm where it stays one, before a tied table; the basis is the one in which it is
+            diagonal. None where it goes into the output table.
         count: directions to keep.
         gains: weight of a reader -> gain of the norm in front of it.
     """
     directions_ST = torch.linalg.eigh(gram_SS).eigenvectors[:, -count:]
-    gain_TT = directions_ST.T @ (last_gain_S.double()[:, None] * directions_ST)
-    basis_TS = torch.linalg.eigh(gain_TT).eigenvectors.T @ directions_ST.T
+    basis_TS = directions_ST.T
+    if last_gain_S is not None:
+        gain_TT = directions_ST.T @ (last_gain_S.double()[:, None] * directions_ST)
+        basis_TS = torch.linalg.eigh(gain_TT).eigenvectors.T @ basis_TS
     kept = (basis_TS @ gram_SS * basis_TS).sum() / gram_SS.trace()
     amplitude = (count / len(gram_SS) / kept).sqrt()
     return Rotation(basis_TS, float(amplitude), gains)
@@ -109,26 +113,33 @@ class Absorbed:
         return torch.full_like(weight, 1 - offset) if name in self.gains.values() else weight
 
 
-def read_norms(walk: Walk, layer: int, hidden_BTS: Tensor) -> tuple[dict[str, str], list[Tensor]] | None:
-    """Which norm sits in front of each reader of a loaded block, and what the norms read.
+@dataclass(frozen=True, slots=True, eq=False)
+class Normed:
+    """A block's readers and the norms in front of them.
 
-    Args:
-        walk: the model.
-        layer: the block.
-        hidden_BTS: the stream before it.
-
-    Returns:
-        Weight of each reader -> the norm's gain, and the input of each norm, ``[N, S]``, every token scaled to a mean
-        square of one; None if the block cannot be rotated: no RMSNorm, a reader without one in front, a norm elsewhere.
+    Attributes:
+        out_BTS: the stream after the block.
+        gains: weight of each reader -> gain of the norm whose output it reads.
+        inputs: what each norm reads, ``[N, S]``, every token scaled to a mean square of one.
     """
-    if not walk.weights.family.rotates:
-        return None
+
+    out_BTS: Tensor
+    gains: Mapping[str, str]
+    inputs: list[Tensor]
+
+
+def watch_norms(walk: Walk, layer: int, hidden_BTS: Tensor) -> Normed:
+    """Run a loaded block once, and see which norm each reader sits behind: the one whose output it is given.
+
+    Raises:
+        CheckpointError: a reader has no norm in front, or a norm no reader behind, though the family's table says so.
+    """
     norms = {
         place.owners[0][0]: name
         for name, place in walk.places.items()
         if place.line.layer == layer and _is_gain(place.line.spec.axes)
     }
-    readers = {m: n for m, n in walk.linears(layer).items() if _reads_stream(walk, n)}
+    readers = {m: n for m, n in walk.linears(layer).items() if reads_stream(walk, n)}
     given: dict[str, tuple[Tensor, Tensor]] = {}
     reads: dict[str, Tensor] = {}
 
@@ -140,17 +151,17 @@ def read_norms(walk: Walk, layer: int, hidden_BTS: Tensor) -> tuple[dict[str, st
 
     handles = [module.register_forward_hook(hook) for module in (*norms, *readers)]
     try:
-        walk.run(layer, hidden_BTS)
+        out_BTS = walk.run(layer, hidden_BTS)
     finally:
         for handle in handles:
             handle.remove()
-    before = {reader: [n for n, (_, out) in given.items() if out is x] for reader, x in reads.items()}
-    found = {reader: names[0] for reader, names in before.items() if names}
-    if set(found) != set(readers.values()) or set(found.values()) != set(norms.values()):
-        return None
-    if not anatomy(walk, layer, hidden_BTS[:1]).adds:
-        return None
-    return found, [scaled(x) for x, _ in given.values()]
+    gains = {reader: name for reader, x in reads.items() for name, (_, out) in given.items() if out is x}
+    if set(gains) != set(readers.values()) or set(gains.values()) != set(norms.values()):
+        raise CheckpointError(
+            f"the norms of block {layer} are not where the table of {walk.weights.family.name} says",
+            "the installed transformers may have changed the model; please report it",
+        )
+    return Normed(out_BTS, gains, [scaled(x) for x, _ in given.values()])
 
 
 def scaled(hidden: Tensor) -> Tensor:
@@ -161,8 +172,3 @@ def scaled(hidden: Tensor) -> Tensor:
 
 def _is_gain(axes: tuple[Any, ...]) -> bool:
     return len(axes) == 1 and axes[0].role is Role.GAIN and axes[0].dimensions == ("hidden",)
-
-
-def _reads_stream(walk: Walk, name: str) -> bool:
-    axis = walk.places[name].line.spec.axes[1]
-    return axis.role is Role.READ and axis.dimensions == ("hidden",)

@@ -14,13 +14,13 @@ from pathlib import Path
 from dslm.checkpoint.reader import Checkpoint
 from dslm.plan_shrink import check_groups
 from dslm.progress import Progress
+from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.capture import Capture, captured, damage, shares_cut
-from dslm.shrink.encoder import choose_stream
-from dslm.shrink.rebuild import Windows, rebuild
+from dslm.shrink.rebuild import Windows
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.redundancy import exact_stage
-from dslm.shrink.survey import choose_layers, few, removal_losses
+from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes
@@ -142,28 +142,15 @@ def _built(
 ) -> Scored:
     """Build a shape as ``down`` does, on few windows, and measure its loss."""
     reduced, target = exact_stage(weights, shape.sizes, progress=progress).weights, shape.sizes
-    before, where = Sizes.from_config(reduced.family, reduced.config), walking_device(device)
+    before = Sizes.from_config(reduced.family, reduced.config)
+    if before == target:
+        walk = Walk(reduced, walking_device(device))
+        loss = removal_losses(walk, windows.held_out[:HELD_OUT], [frozenset()])[0]
+        return replace(shape, measured=loss, layers=tuple(range(before.num_hidden_layers)))
     check_groups(before, target, reduced.family, reduced.config)
     windows = Windows(windows.fit[:FIT], windows.held_out[:HELD_OUT], {})
-    walk = Walk(reduced, where)
-    layers = choose_layers(walk, few(windows.fit), target.num_hidden_layers, progress)
-    if before == target:
-        return replace(
-            shape, measured=removal_losses(walk, windows.held_out, [frozenset()])[0], layers=layers
-        )
-    stream = None
-    if before.hidden_size != target.hidden_size:
-        stream = choose_stream(walk, few(windows.fit), target.hidden_size, progress)
     with tempfile.TemporaryDirectory(prefix="dslm-") as folder:
-        found = rebuild(
-            reduced,
-            target,
-            layers,
-            stream,
-            windows,
-            Path(folder),
-            recipe=recipe,
-            device=where,
-            progress=progress,
+        found = approximate(
+            reduced, target, windows, Path(folder), recipe=recipe, device=device, progress=progress
         )
-    return replace(shape, measured=found.losses["held-out"][1], layers=layers)
+    return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)

@@ -80,7 +80,7 @@ def choose_channels(scores_D: Tensor, power_D: Tensor, count: int) -> Fold:
 
     Args:
         scores_D: score of each channel.
-        power_D: mean square of each channel, of a stream whose tokens are scaled to a mean square of one.
+        power_D: sum of each channel's square, of a stream whose tokens are scaled to a mean square of one.
         count: channels to keep.
     """
     keep = top(scores_D, count)

@@ -86,6 +86,12 @@ def writes_stream(walk: Walk, name: str) -> bool:
     return axis.role is Role.WRITE and "hidden" in axis.dimensions
 
 
+def reads_stream(walk: Walk, name: str) -> bool:
+    """Whether a matrix reads the residual stream."""
+    axis = walk.places[name].line.spec.axes[1]
+    return axis.role is Role.READ and axis.dimensions == ("hidden",)
+
+
 def watch(
     walk: Walk, layer: int, hidden_BTD: Tensor, names: Collection[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -96,11 +96,8 @@ class Folded:
 
     @cached_property
     def _prepared(self) -> Weights:
-        return self.base if self.stream is None else self.stream.prepared(self.base)
-
-    @cached_property
-    def _base_layout(self) -> dict[str, TableTensor]:
-        return self.family.layout(self.base.config)
+        weights = self.base if self.sizes.tied else TwoTables(self.base)
+        return weights if self.stream is None else self.stream.prepared(weights)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the smaller model."""
@@ -108,7 +105,7 @@ class Folded:
         line = self._layout[name]
         layer = None if line.layer is None else self.layers[line.layer]
         origin = name if layer is None else name.replace(f".{line.layer}.", f".{layer}.", 1)
-        weight = self._prepared.read(origin if origin in self._base_layout else family.embedding)
+        weight = self._prepared.read(origin)
         weight = fold_tensor(family, line, weight, layer, self.folds, self.stream, family.dimensions(config))
         before, after = Sizes.from_config(family, config), self.sizes
         if name == family.embedding:
@@ -121,6 +118,28 @@ class Folded:
             balanced = stream.balanced(self._prepared.read(origin) + offset, is_gain=is_gain)
             return balanced / table_factor(family, before, after) - offset
         return weight
+
+
+@dataclass(frozen=True, slots=True)
+class TwoTables:
+    """Weights in which the output has a table of its own, made from the input's where there is only one."""
+
+    base: Weights
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return self.base.family
+
+    @property
+    def config(self) -> Config:
+        """The config of the weights it is made from."""
+        return self.base.config
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        made = name == self.family.head and self.family.is_tied(self.config)
+        return self.base.read(self.family.embedding if made else name)
 
 
 def table_on_stream(family: Family, config: Config) -> bool:

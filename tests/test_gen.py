@@ -47,8 +47,13 @@ def test_gen_json(call, model):
 def test_gen_reads_stdin(call, model, monkeypatch):
     import io
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("w7 w8\n"))
-    assert call("gen", model, "-p", "-", "-n", 2, "-q")[1].startswith("w7 w8 ")
+    def written(*options):
+        monkeypatch.setattr("sys.stdin", io.StringIO("w7 w8\n"))
+        return call("gen", model, "-p", "-", "-n", 2, "--seed", 3, "-q", *options)[1]
+
+    found = json.loads(written("--json"))
+    assert found["prompt"] == "w7 w8"  # without the end of the line
+    assert written() == "w7 w8" + found["text"] + "\n"
 
 
 def test_gen_without_a_tokenizer_says_what_to_do(call, bare):

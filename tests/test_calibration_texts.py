@@ -62,8 +62,9 @@ def test_a_missing_file_is_refused(plain, source):
         calibration(plain, source, **SIZES)
 
 
-def test_a_folder_is_refused(plain, tmp_path):
-    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+def test_a_folder_without_text_is_refused(plain, tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+    with pytest.raises(RecipeError, match="holds no text"):
         calibration(plain, str(tmp_path), **SIZES)
 
 

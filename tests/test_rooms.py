@@ -15,13 +15,14 @@ ORDER = [
     {"families"},
     {"sizes"},
     {"plan_shrink"},
-    {"plan", "targets"},
+    {"plan", "targets", "texts"},
     {"targets_down"},
     {"checkpoint"},
     {"grow", "load"},
-    {"output"},
-    {"resizing", "shrink", "generation"},
+    {"output", "sampler"},
+    {"resizing", "shrink", "generation", "chat"},
     {"verify", "report"},
+    {"train"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from dslm.shrink.down import shrink_checkpoint
     from dslm.sizes import Sizes
     from dslm.targets import candidates, scaled
+    from dslm.train.run import train_checkpoint
+    from dslm.train.settings import Training
+    from dslm.verify.harness import load_tasks
+    from dslm.verify.perplexity import evaluate_text
     from dslm.verify.report import Report, compare_checkpoints, gate
+    from dslm.verify.tasks import evaluate_tasks
 
 _HOMES = {
     "Checkpoint": "dslm.checkpoint.reader",
@@ -31,16 +36,21 @@ _HOMES = {
     "Plan": "dslm.plan",
     "Report": "dslm.verify.report",
     "Sizes": "dslm.sizes",
+    "Training": "dslm.train.settings",
     "candidates": "dslm.targets",
     "compare_checkpoints": "dslm.verify.report",
+    "evaluate_tasks": "dslm.verify.tasks",
+    "evaluate_text": "dslm.verify.perplexity",
     "gate": "dslm.verify.report",
     "generate": "dslm.generation",
+    "load_tasks": "dslm.verify.harness",
     "open_checkpoint": "dslm.checkpoint.source",
     "plan_growth": "dslm.plan",
     "plan_shrink": "dslm.plan",
     "resize": "dslm.resizing",
     "scaled": "dslm.targets",
     "shrink_checkpoint": "dslm.shrink.down",
+    "train_checkpoint": "dslm.train.run",
 }
 
 __all__ = [
@@ -49,16 +59,21 @@ __all__ = [
     "Plan",
     "Report",
     "Sizes",
+    "Training",
     "candidates",
     "compare_checkpoints",
+    "evaluate_tasks",
+    "evaluate_text",
     "gate",
     "generate",
+    "load_tasks",
     "open_checkpoint",
     "plan_growth",
     "plan_shrink",
     "resize",
     "scaled",
     "shrink_checkpoint",
+    "train_checkpoint",
 ]
 
 __version__ = metadata.version("dslm")

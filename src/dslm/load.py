@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu", attention: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attention: str | None = None,
+    quantization: Any = None,
 ) -> Any:
     """Load the weights with transformers' own class, ready for inference.
 
@@ -33,6 +39,7 @@ def load_model(
         dtype: one of `DTYPES`; ``auto`` is the dtype of the checkpoint.
         device: one of `DEVICES`.
         attention: transformers' name of an attention implementation; None is the model's own default.
+        quantization: transformers' configuration of a quantisation that is done while loading.
 
     Returns:
         A ``PreTrainedModel`` in evaluation mode.
@@ -53,12 +60,14 @@ def load_model(
             folder,
             dtype=numbers,
             attn_implementation=attention,
+            quantization_config=quantization,
+            device_map=None if quantization is None else {"": target},
             local_files_only=True,
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {_first_line(error)}") from error
-    return model.to(target).eval()
+        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {first_line(error)}") from error
+    return (model if quantization is not None else model.to(target)).eval()
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -89,7 +98,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(
-            f"the tokenizer of {checkpoint.name} cannot be loaded: {_first_line(error)}",
+            f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}",
             "copy its files again from the original model",
         ) from error
 
@@ -117,6 +126,7 @@ def silence_transformers() -> None:
 
     noise.set_verbosity_error()
     noise.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it remarks on kernels that it does without
 
 
 def _folder(checkpoint: Checkpoint) -> Path:
@@ -127,6 +137,7 @@ def _folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line that is not too long."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -72,6 +72,16 @@ class Plan:
         return yaml.safe_dump(self.as_dict(), sort_keys=False)
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The plan of what `as_dict` gave.
+
+        Raises:
+            KeyError, TypeError: these are not a plan's values.
+        """
+        sizes = {side: Sizes(**values[side]) for side in ("source", "target")}
+        return cls(**{**values, **sizes})
+
+    @classmethod
     def from_yaml(cls, path: Path) -> Plan:
         """Read a plan that `to_yaml` wrote.
 
@@ -79,9 +89,7 @@ class Plan:
             RecipeError: the file cannot be read or is not a plan.
         """
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            sizes = {side: Sizes(**values[side]) for side in ("source", "target")}
-            plan = cls(**values | sizes)
+            plan = cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise RecipeError(
                 f"cannot read {path}: {error.strerror}", "write one with dslm plan --yaml"

@@ -5,4 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called while the library works with a label, what is done and what there is in all."""
+"""Called while the library works with a label, what is done and what there is in all.
+
+A label may carry a note behind a tab, which changes while the label stays."""

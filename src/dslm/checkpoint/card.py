@@ -58,6 +58,26 @@ def without_places(plan: Plan) -> Plan:
     return replace(plan, calibration={**plan.calibration, "text": name})
 
 
+def hub_id_of(model: str) -> str:
+    """The hub id in a model's name, without its revision; empty where it is a place or a name alone."""
+    return model.partition("@")[0] if model.count("/") == 1 else ""
+
+
+def front_matter(model: str, source_metadata: Mapping[str, Any], tags: list[str]) -> dict[str, Any]:
+    """What a card says to programs.
+
+    Args:
+        model: what the output was made from.
+        source_metadata: front matter of that model's card, for its licence and languages.
+        tags: for the hub.
+    """
+    metadata: dict[str, Any] = {"base_model": hub_id_of(model)} if hub_id_of(model) else {}
+    for key in ("license", "license_name", "license_link", "language"):
+        if key in source_metadata:
+            metadata[key] = source_metadata[key]
+    return metadata | {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+
+
 def render_card(
     name: str,
     plan: Plan,
@@ -76,16 +96,8 @@ def render_card(
         source_metadata: front matter of the source's card, for its licence and languages.
         measured: what was measured about the output, by label.
     """
-    hub_id = plan.model.partition("@")[0] if plan.model.count("/") == 1 else ""
-    metadata: dict[str, Any] = {"base_model": hub_id} if hub_id else {}
-    for key in ("license", "license_name", "license_link", "language"):
-        if key in source_metadata:
-            metadata[key] = source_metadata[key]
-    metadata |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["dslm", "resized"],
-    }
+    hub_id = hub_id_of(plan.model)
+    metadata = front_matter(plan.model, source_metadata, ["dslm", "resized"])
     template = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
@@ -100,12 +112,12 @@ def render_card(
         sources=sources,
         explained=_EXPLAINED,
         command=command_of(plan),
-        measured={label: _short(value) for label, value in measured.items()},
+        measured={label: short_figure(value) for label, value in measured.items()},
         front_matter=yaml.safe_dump(metadata, sort_keys=False),
     )
 
 
-def _short(value: Any) -> str:
+def short_figure(value: Any) -> str:
     """A figure with as many digits as mean something."""
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -163,12 +163,13 @@ class Writer:
         """Write a text file beside the weights."""
         (self.folder / name).write_text(text, encoding="utf-8")
 
-    def add_copy(self, path: Path) -> None:
-        """Copy a file or a folder of the source byte for byte."""
+    def add_copy(self, path: Path, name: str | None = None) -> None:
+        """Copy a file or a folder byte for byte, under its own name unless another is given."""
+        target = self.folder / (name or path.name)
         if path.is_dir():
-            shutil.copytree(path, self.folder / path.name, copy_function=shutil.copyfile)
+            shutil.copytree(path, target, copy_function=shutil.copyfile)
         else:
-            shutil.copyfile(path, self.folder / path.name)
+            shutil.copyfile(path, target)
 
     def _end_shard(self) -> None:
         self._finish_write()

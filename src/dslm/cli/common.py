@@ -121,9 +121,10 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
 
     def update(label: str, done: int, total: int) -> None:
         interrupt.check()
-        if label not in tasks:
-            tasks[label] = bar.add_task(label)
-        bar.update(tasks[label], completed=done, total=total or None)
+        key = label.partition("\t")[0]
+        if key not in tasks:
+            tasks[key] = bar.add_task(key)
+        bar.update(tasks[key], description=label.replace("\t", "  "), completed=done, total=total or None)
         if time.monotonic() - begin > _DELAY:
             bar.start()
 

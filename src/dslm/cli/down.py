@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
+from dslm.cli.heal import check_healing, heal, heal_data_option, heal_tokens_option
 from dslm.cli.sizes import (
     FREE_BESIDE_PLAN,
     change_facts,
@@ -109,6 +110,8 @@ _SHOWN = 8  # shapes of a search
     show_default=True,
     help="Where to run; auto: a GPU if there is one.",
 )
+@heal_tokens_option
+@heal_data_option
 @overwrite_option
 @dry_run_option
 @output_options
@@ -118,20 +121,25 @@ def command(
     plan_file: Path | None,
     check: Path | None,
     device: str,
+    heal_tokens: str | None,
+    data: tuple[str, ...],
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Shrink a model to a smaller one of the same architecture, without training.
+    """Shrink a model to a smaller one of the same architecture, without training unless --heal-tokens asks for it.
 
     Sizes come from divisors, by name, from --params or --keep-ratio, or from --like. What is redundant goes without
     loss; what remains to be cut is made up for by least squares, block by block. The output is a plain checkpoint in
     the source's dtype.
     """
     if plan_file is not None:
-        refuse_beside_plan(click.get_current_context(), FREE_BESIDE_PLAN | {"check", "device"})
+        refuse_beside_plan(
+            click.get_current_context(), FREE_BESIDE_PLAN | {"check", "device", "heal_tokens", "data"}
+        )
+    healing = check_healing(heal_tokens, data, options["calibration"])
     source = open_model(model, weights=not dry_run or options["search"] > 0, quiet=quiet)
     shapes: list[Scored] = []
     if options["search"]:
@@ -162,7 +170,10 @@ def command(
         done = shrink_checkpoint(
             source, plan, out, check=check, overwrite=overwrite, device=device, progress=progress
         )
-    _report(facts | shrunk_facts(done) | {"output": str(out)}, as_json)
+    facts |= shrunk_facts(done) | {"output": str(out)}
+    if heal_tokens is not None:
+        facts["healed"] = heal(out, model, heal_tokens, healing, plan.seed, device, quiet=quiet)
+    _report(facts, as_json)
 
 
 def _check_search(
@@ -279,6 +290,10 @@ def _report(facts: dict[str, Any], as_json: bool) -> None:
         out.print("nothing written (--dry-run)")
     else:
         out.print(f"written to {facts['output']} in {facts['seconds']:.1f} s")
+    if "healed" in facts:
+        healed = facts["healed"]
+        before, after = healed["perplexity"]["before"], healed["perplexity"]["after"]
+        out.print(f"healed on {healed['tokens']:,} tokens: held-out perplexity {before:.2f} -> {after:.2f}")
 
 
 def _print_measured(facts: dict[str, Any]) -> None:

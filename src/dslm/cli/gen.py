@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from dataclasses import asdict
 
 import click
 
 from dslm.cli.common import model_argument, open_model, output_options, print_json, remark
+from dslm.cli.sampling import random_seed, sampling_options
 
 _DEFAULT_PROMPT = "The capital of France is"
 
@@ -18,50 +18,7 @@ _DEFAULT_PROMPT = "The capital of France is"
 @click.option(
     "-p", "--prompt", default=_DEFAULT_PROMPT, show_default=True, help="Text to continue; - reads stdin."
 )
-@click.option(
-    "-n",
-    "--n-predict",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    help="Most tokens to write.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.8,
-    show_default=True,
-    help="Higher is more varied; 0 always takes the likeliest token.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=0),
-    default=40,
-    show_default=True,
-    help="Draw among this many tokens; 0: among all.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=0.9,
-    show_default=True,
-    help="Draw among the likeliest tokens with this share of the probability; 1: all.",
-)
-@click.option("--seed", type=click.IntRange(min=0), help="Start of the random numbers; random if not given.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    default="auto",
-    show_default=True,
-    help="Where to run.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Numbers to compute with; auto: as stored.",
-)
+@sampling_options(n_predict=100)
 @output_options
 def command(
     model: str,
@@ -79,10 +36,11 @@ def command(
     """Generate text: continue a prompt, token by token, on stdout."""
     text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     checkpoint = open_model(model, quiet=quiet)
-    from dslm.generation import Sampling, generate
+    from dslm.generation import generate
+    from dslm.sampler import Sampling
 
     if seed is None:
-        seed = random.SystemRandom().randrange(2**31)
+        seed = random_seed()
         if temperature > 0:
             remark(f"seed {seed}", quiet=quiet)
     result = generate(

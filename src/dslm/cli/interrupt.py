@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
-_asked = threading.Event()
+
+@dataclass(slots=True)
+class _Memory:
+    """Plain values: a lock, as an Event has, could be held by the very code that the signal interrupts."""
+
+    asked: bool = False
+    held: bool = False
+
+
+_memory = _Memory()
 
 
 def listen() -> None:
     """Remember Ctrl-C from now on; only the main thread may ask for signals."""
-    _asked.clear()
+    _memory.asked = _memory.held = False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _remember)
 
@@ -26,10 +38,33 @@ def check() -> None:
     Raises:
         KeyboardInterrupt: it was.
     """
-    if _asked.is_set():
+    if _memory.asked:
         raise KeyboardInterrupt
 
 
+def clear() -> None:
+    """Forget the Ctrl-C that was pressed: it has done what it was meant to do."""
+    _memory.asked = False
+
+
+@contextmanager
+def held() -> Iterator[Callable[[], bool]]:
+    """Inside, a first Ctrl-C raises nothing: who works there asks the function it is given whether to stop.
+
+    A second one, pressed because the first was not heard, raises KeyboardInterrupt as everywhere. Both are forgotten
+    at the end.
+    """
+    clear()
+    _memory.held = True
+    try:
+        yield lambda: _memory.asked
+    finally:
+        _memory.held = False
+        clear()
+
+
 def _remember(number: int, frame: FrameType | None) -> None:
-    _asked.set()
-    raise KeyboardInterrupt
+    patient = _memory.held and not _memory.asked
+    _memory.asked = True
+    if not patient:
+        raise KeyboardInterrupt

@@ -21,10 +21,13 @@ from dslm.errors import DslmError
 COMMANDS: dict[str, tuple[str, str]] = {
     "desc": ("dslm.cli.desc", "Describe a model: sizes, exact parameters, bytes."),
     "gen": ("dslm.cli.gen", "Generate text from a prompt."),
+    "chat": ("dslm.cli.chat", "Talk with a model, or compare the answers of two."),
     "plan": ("dslm.cli.plan", "List the legal shapes near a number of parameters."),
     "up": ("dslm.cli.up", "Grow a model; what it computes stays the same."),
     "down": ("dslm.cli.down", "Shrink a model by closed-form reconstruction."),
+    "train": ("dslm.cli.train", "Continue training: full, LoRA, QLoRA, distillation."),
     "diff": ("dslm.cli.diff", "Compare two models: sizes, logits, liveness."),
+    "eval": ("dslm.cli.eval", "Measure a model: perplexity on text, benchmark tasks."),
 }
 """Command -> the module that holds it as ``command``, and its line in ``dslm --help``."""
 

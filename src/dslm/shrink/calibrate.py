@@ -15,7 +15,7 @@ from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import CheckpointError, RecipeError
 from dslm.load import has_tokenizer, load_model, load_tokenizer
 from dslm.progress import Progress
-from dslm.shrink.texts import CHARACTERS, file_documents, read_documents
+from dslm.texts import CHARACTERS, file_documents, read_documents
 
 OPENINGS = (
     "The history of the city begins", "In mathematics, a", "Photosynthesis is the process by which",

@@ -1,0 +1,174 @@
+"""Does growing beat starting over? A small byte-level Llama is trained, grown, and trained on.
+
+Run: ``python benchmarks/growing_pays.py [--tokens 4M --small-tokens 4M --seeds 3 --rates 1e-3 2e-3]``. It is compared
+with the same shape from scratch. The text is the source of Python's own standard library, which every machine has. All
+runs use ``dslm.train_checkpoint``, the same data, blocks and schedule; of several ``--rates`` each kind of run takes
+its best. Counted are the tokens after which a grown model's held-out loss is the one with which the scratch model ends,
+and FLOPs (6 per parameter and token), those of the small model included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sysconfig
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dslm.checkpoint.source import open_checkpoint
+from dslm.plan import plan_growth
+from dslm.resizing import resize
+from dslm.sizes import count_parameters
+from dslm.targets import parse_count
+from dslm.train.run import train_checkpoint
+from dslm.train.settings import Training
+from measure import save
+
+WAYS = {
+    "even": {"split": "even"},
+    "uneven": {"split": "uneven"},
+    "noise": {"snr_db": 10.0},
+    "padding": {"method": "padding"},
+}
+
+
+def corpus(place: Path, characters: int) -> Path:
+    """So much source of the standard library as JSON lines, a module each."""
+    root = Path(sysconfig.get_path("stdlib"))
+    rows, size = [], 0
+    for path in sorted(root.rglob("*.py"), key=lambda path: hash_of(path.relative_to(root))):
+        if "site-packages" in path.parts or size >= characters:
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        rows.append(json.dumps({"text": text}))
+        size += len(text)
+    found = place / "stdlib.jsonl"
+    found.write_text("\n".join(rows), encoding="utf-8")
+    return found
+
+
+def hash_of(path: Path) -> int:
+    """An order of files that has nothing to do with their names."""
+    return sum((i + 1) * b for i, b in enumerate(str(path).encode())) * 2654435761 % 2**32
+
+
+def fresh(place: Path, hidden: int, layers: int, seed: int) -> str:
+    """A model with random weights as transformers makes it, with a tokenizer of bytes."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, head_dim=32,
+        max_position_embeddings=1024, eos_token_id=256, bos_token_id=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(place)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<end>": 256}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>").save_pretrained(
+        place
+    )
+    return str(place)
+
+
+def learn(model: str, out: Path, data: Path, tokens: int, rate: float, seed: int, recipe: str = "plain"):
+    """Train; pairs of tokens and held-out loss."""
+    asked = Training(
+        data=(str(data),), tokens=tokens, learning_rate=rate, seed=seed, recipe=recipe, block_size=256, batch_size=16,
+        held_out=0.03, eval_every=max(1, tokens // (16 * 256) // 40), weight_decay=0.1,
+    )  # fmt: skip
+    train_checkpoint(open_checkpoint(model), asked, out, overwrite=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+
+
+def reached(curve, loss: float) -> float | None:
+    """Tokens at which a curve first is at a loss, between evaluations linearly; None if never."""
+    for (before, high), (after, low) in pairwise(curve):
+        if low <= loss:
+            return before + (after - before) * min(1.0, (high - loss) / max(1e-9, high - low))
+    return None
+
+
+def main() -> None:
+    """Measure and save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--tokens", default="1M", help="of the scratch model; the grown ones get as many at most"
+    )
+    parser.add_argument("--small-tokens", default="1M", help="of the small model")
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--recipes", nargs="+", default=["plain", "growth"])
+    parser.add_argument("--name", default="growing_pays")
+    asked = parser.parse_args()
+    tokens, small_tokens = parse_count(asked.tokens), parse_count(asked.small_tokens)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        data = corpus(place, 2 * max(tokens, small_tokens))
+        for seed in range(asked.seeds):
+            small = fresh(place / "small", asked.hidden, asked.layers, seed)
+            wide = fresh(place / "wide", 2 * asked.hidden, asked.layers, seed)
+            curves = {r: learn(wide, place / "out", data, tokens, r, seed) for r in asked.rates}
+            rate = min(curves, key=lambda r: curves[r][-1][1])
+            scratch = curves[rate]
+            learned = learn(small, place / "learned", data, small_tokens, rate, seed)
+            source = open_checkpoint(str(place / "learned"))
+            sizes = source.sizes
+            flops = [
+                6 * count_parameters(c.family, c.config)["total"] for c in (source, open_checkpoint(wide))
+            ]
+            rows.append({"seed": seed, "run": "scratch", "rate": rate, "curve": scratch})
+            rows.append({"seed": seed, "run": "small", "rate": rate, "curve": learned})
+            target = sizes.replace(
+                hidden_size=2 * sizes.hidden_size, intermediate_size=2 * sizes.intermediate_size,
+                num_attention_heads=2 * sizes.num_attention_heads, num_key_value_heads=2 * sizes.num_key_value_heads,
+            )  # fmt: skip
+            for way in asked.ways:
+                plan = plan_growth("small", source.family, source.config, target, seed=seed, **WAYS[way])
+                resize(source, plan, place / "grown", overwrite=True)
+                for recipe in asked.recipes:
+                    tried = {
+                        r: learn(str(place / "grown"), place / "out", data, tokens, r, seed, recipe)
+                        for r in asked.rates
+                    }
+                    best = min(tried, key=lambda r: tried[r][-1][1])
+                    when = reached(tried[best], scratch[-1][1])
+                    row = {"seed": seed, "run": way, "recipe": recipe, "rate": best, "curve": tried[best]}
+                    row["tokens_to_scratch"] = when
+                    if when is not None:
+                        row["times_fewer_tokens"] = tokens / max(1.0, when)
+                        row["times_fewer_flops"] = (
+                            tokens * flops[1] / (when * flops[1] + small_tokens * flops[0])
+                        )
+                    rows.append(row)
+                    print(
+                        {k: v for k, v in row.items() if k != "curve"},
+                        row["curve"][0],
+                        row["curve"][-1],
+                        flush=True,
+                    )
+                    save(
+                        asked.name,
+                        {
+                            "tokens": tokens,
+                            "small_tokens": small_tokens,
+                            "flops_per_token": flops,
+                            "rows": rows,
+                        },
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The documents of a text: a file, a JSON-lines file, a folder of both, or a data set on the hub."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dslm.errors import MissingExtraError, RecipeError
+from dslm.plan_shrink import names_data_set
+from dslm.progress import Progress
+
+log = logging.getLogger(__name__)
+
+CHARACTERS = 8
+"""Read for each token that is wanted; most texts need four."""
+ROWS = (".jsonl", ".json", ".ndjson", ".json-lines")
+"""Endings of files whose lines are JSON objects, a document each."""
+
+_DOCUMENTS = 64  # at least so many from a hub data set
+_TITLE = re.compile(r"^ ?= (?!= )[^\n]*(?<! =) = ?$", re.MULTILINE)  # " = Title = ", not " = = Section = = "
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One document.
+
+    Attributes:
+        text: all that is said in it.
+        messages: its turns with ``role`` and ``content``, where it is a conversation.
+        where: in words, where it was read.
+    """
+
+    text: str
+    messages: tuple[dict[str, str], ...] = ()
+    where: str = ""
+
+
+def read_documents(source: str, characters: int, progress: Progress | None = None) -> tuple[list[str], str]:
+    """The documents of a source as `read_rows` finds them, each once, and in words what it is."""
+    rows, origin = read_rows(source, characters, progress)
+    return _unique(rows), origin
+
+
+def read_rows(source: str, characters: int, progress: Progress | None = None) -> tuple[list[Row], str]:
+    """The documents of a source, and in words what it is.
+
+    Args:
+        source: a text file, a JSON-lines file with ``text`` or ``messages``, a folder of such files, or the id of a
+            data set on the hub.
+        characters: how many are enough, where reading all would take long.
+        progress: called with a label, what is read and what there is in all.
+
+    Raises:
+        RecipeError: it is missing, unreadable, empty, or not text.
+        MissingExtraError: a hub data set needs a package that is not installed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder_rows(path, progress), f"the folder {source}"
+    if names_data_set(source):
+        return _hub_rows(source, characters, progress), f"the data set {source} on the hub"
+    return _file_rows(path), f"the file {source}"
+
+
+def file_documents(path: Path) -> list[str]:
+    """The documents of a file, each once: its rows, or what begins at lines like `` = Title = ``, or all of it.
+
+    Raises:
+        RecipeError: it is missing, unreadable, empty, or not text.
+    """
+    return _unique(_file_rows(path))
+
+
+def _unique(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row.text for row in rows))
+
+
+def _folder_rows(folder: Path, progress: Progress | None) -> list[Row]:
+    """The documents of all text files below a folder, in the order of their paths; others are passed over."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+    rows: list[Row] = []
+    passed = 0
+    for number, path in enumerate(paths, start=1):
+        if path.suffix.lower() in ROWS:
+            rows += _file_rows(path)
+        elif (text := _plain_text(path)) is None:
+            passed += 1
+        elif text.strip():
+            rows += [Row(document, where=str(path)) for document in _split_titles(text)]
+        if progress is not None:
+            progress("reading files", number, len(paths))
+    if not rows:
+        raise RecipeError(f"{folder} holds no text", "give a folder with text or JSON-lines files")
+    if passed:
+        log.info("%d files in %s are not text in UTF-8 and were left out", passed, folder)
+    return rows
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _plain_text(path: Path) -> str | None:
+    """The text of a file; None if it is binary."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if "\0" in text else text
+
+
+def _file_rows(path: Path) -> list[Row]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"there is no file {path}", "give a text file or a data set's owner/name"
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})", "give a text file") from error
+    if "\0" in text:
+        raise RecipeError(f"{path} is a binary file", "give a text file")
+    if path.suffix.lower() in ROWS:
+        # Not splitlines: JSON strings may hold the other line ends of Unicode.
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_json_row(line, f"line {number} of {path}") for number, line in lines if line.strip()]
+    else:
+        rows = [Row(document, where=str(path)) for document in _split_titles(text)]
+    kept = [row for row in rows if row.text.strip()]
+    if not kept:
+        raise RecipeError(f"{path} is empty", "give a file with text in it")
+    return kept
+
+
+def _split_titles(text: str) -> list[str]:
+    starts = [0, *(match.start() for match in _TITLE.finditer(text)), len(text)]
+    return [text[a:b] for a, b in pairwise(starts)]
+
+
+def _json_row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise RecipeError(f"{where} is not JSON: {error}", "write one JSON object on each line") from error
+    if not isinstance(row, dict):
+        raise RecipeError(f"{where} is not a JSON object", 'write rows like {"text": "..."}')
+    return _row_of(row, where)
+
+
+def _row_of(row: dict[str, Any], where: str) -> Row:
+    """A row's text, or its conversation, whose text is what is said, a blank line between turns."""
+    text, messages = row.get("text"), row.get("messages")
+    if isinstance(text, str):
+        return Row(text, where=where)
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        turns = [message for message in messages if isinstance(message.get("content"), str)]
+        said = "\n\n".join(message["content"] for message in turns)
+        return Row(said, tuple(turns), where)
+    keys = ", ".join(map(repr, row)) or "no keys"
+    raise RecipeError(f"{where} has {keys}", "the text must be under 'text', or in 'messages'")
+
+
+def _hub_rows(source: str, characters: int, progress: Progress | None) -> list[Row]:
+    """The first documents of a data set, enough for so many characters."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        hint = "unset HF_HUB_OFFLINE to read it from the hub, or give a text file"
+        raise RecipeError(f"{source} is no file here, and HF_HUB_OFFLINE is set", hint)
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise MissingExtraError(
+            f"reading {source} from the hub needs a package that is not installed", "pip install datasets"
+        ) from error
+    documents: dict[str, Row] = {}
+    size = 0
+    try:
+        for number, row in enumerate(datasets.load_dataset(source, split="train", streaming=True), start=1):
+            found = _row_of(row, f"row {number} of {source}")
+            if found.text.strip() and found.text not in documents:
+                documents[found.text] = found
+                size += len(found.text)
+            if progress is not None:
+                progress(f"reading {source}", min(size, characters), characters)
+            if size >= characters and len(documents) >= _DOCUMENTS:
+                break
+    except (HTTPError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        why = " ".join(str(error).split())[:300]
+        hint = "check the spelling (owner/name) and the network, or give a text file"
+        raise RecipeError(f"{source} is no file and cannot be read from the hub: {why}", hint) from error
+    if not documents:
+        raise RecipeError(f"the data set {source} is empty", "give one with text in it")
+    return list(documents.values())

@@ -1,0 +1,92 @@
+"""Adapters by peft: put onto a model, four-bit or not, and merged into it again."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from dslm.checkpoint.reader import Checkpoint
+from dslm.errors import MissingExtraError, RecipeError
+from dslm.load import load_model
+from dslm.train.settings import Training
+
+
+def need(package: str, extra: str, what: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        MissingExtraError: it is not installed; the hint is the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(f"{what} needs {package}", f"pip install 'dslm[{extra}]'") from error
+
+
+def load_four_bit(checkpoint: Checkpoint, device: str) -> Any:
+    """A model with its matrices in NF4, double quantised, computed in bfloat16 (QLoRA, arXiv 2305.14314).
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+        RecipeError: it cannot run here.
+        CheckpointError: transformers cannot load the model.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    need("bitsandbytes", "qlora", "--qlora")
+    peft = need("peft", "train", "--qlora")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    try:
+        model = load_model(checkpoint, dtype="bfloat16", device=device, quantization=nf4)
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise RecipeError(f"bitsandbytes cannot run here: {why}", "train with --lora instead") from error
+
+
+def add_adapters(model: Any, asked: Training, base: str) -> Any:
+    """Put low-rank adapters onto a model (LoRA, arXiv 2106.09685).
+
+    Args:
+        model: the base, whose own weights are frozen.
+        asked: rank, scale, dropout and target of the adapters.
+        base: what the saved adapter calls its base.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        RecipeError: there are no such modules.
+    """
+    peft = need("peft", "train", "training adapters")
+    names = [name.strip() for name in asked.lora_target.split(",")]
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=asked.lora_r,
+        lora_alpha=asked.lora_alpha,
+        lora_dropout=asked.lora_dropout,
+        target_modules=names[0] if len(names) == 1 else names,
+    )
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        linears = {name.split(".")[-1] for name, m in model.named_modules() if hasattr(m, "in_features")}
+        raise RecipeError(
+            f"no modules called {asked.lora_target}", f"take all-linear, or of {', '.join(sorted(linears))}"
+        ) from error
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
+
+
+def merge_adapter(checkpoint: Checkpoint, adapter: Path) -> Any:
+    """The unquantised base in float32 with an adapter added into its matrices: a plain model."""
+    peft = need("peft", "train", "merging an adapter")
+    model = load_model(checkpoint, dtype="float32")
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -1,0 +1,118 @@
+"""From what was asked for to a Trainer that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import ceil, gcd
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments
+
+from dslm.load import pick_device
+from dslm.progress import Progress
+from dslm.train.data import Blocks
+from dslm.train.growth import Scale
+from dslm.train.settings import Training
+from dslm.train.trainer import GroupTrainer
+from dslm.train.watch import Evaluation, Watch, sampler
+
+
+def step_tokens(asked: Training, processes: int, length: int) -> int:
+    """Tokens in an optimiser step of all processes."""
+    return asked.batch_size * asked.gradient_accumulation * processes * length
+
+
+def _steps(asked: Training, blocks: Blocks, processes: int) -> int:
+    """Optimiser steps of the run."""
+    if asked.max_steps is not None:
+        return asked.max_steps
+    per_step = step_tokens(asked, processes, 1)
+    if asked.tokens is not None:
+        return max(1, round(asked.tokens / (per_step * int(blocks.ids.shape[1]))))
+    return max(1, ceil(asked.epochs * ceil(len(blocks) / per_step)))
+
+
+def _intervals(asked: Training, steps: int) -> tuple[int, int, int]:
+    """Steps between lines of metrics, evaluations and checkpoints; the first divides the others."""
+    evaluate = min(asked.eval_every or max(1, steps // 10), steps)
+    save = min(asked.save_every or evaluate, steps)
+    common = gcd(evaluate, save)
+    wished = max(1, min(10, steps // 20))
+    return max(d for d in range(1, wished + 1) if common % d == 0), evaluate, save
+
+
+def arrange(
+    model: Any,
+    tokenizer: Any,
+    asked: Training,
+    train_blocks: Blocks,
+    held_out: Blocks,
+    scales: Mapping[str, Scale],
+    folder: Path,
+    *,
+    progress: Progress | None,
+    on_evaluation: Callable[[Evaluation], None] | None,
+) -> tuple[GroupTrainer, Watch]:
+    """A Trainer for a run, and what watches it.
+
+    Args:
+        model: with its loss and adapters.
+        tokenizer: of the model, for samples of text.
+        asked: how to train.
+        train_blocks: to train on.
+        held_out: to evaluate on.
+        scales: parameter name -> how its rate differs.
+        folder: of the run.
+        progress: called with a label, steps done and steps in all.
+        on_evaluation: called with what each evaluation found.
+    """
+    schedule = {"constant": "constant_with_warmup"}.get(asked.schedule, asked.schedule)
+    use_cpu = asked.device == "cpu" or pick_device("auto").type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=use_cpu,
+        bf16=asked.precision == "bfloat16" or (asked.precision == "auto" and not use_cpu and _has_bfloat16()),
+        per_device_train_batch_size=asked.batch_size,
+        per_device_eval_batch_size=asked.batch_size,
+        gradient_accumulation_steps=asked.gradient_accumulation,
+        activation_checkpointing=asked.gradient_checkpointing,
+        learning_rate=asked.rate,
+        lr_scheduler_type=schedule,
+        weight_decay=asked.weight_decay,
+        max_grad_norm=asked.max_grad_norm,
+        eval_strategy="steps",
+        save_strategy="steps",
+        save_total_limit=2,
+        logging_nan_inf_filter=False,
+        seed=asked.seed,
+        data_seed=asked.seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        log_level="error",
+    )
+    steps = _steps(asked, train_blocks, arguments.world_size)
+    arguments.max_steps = steps
+    arguments.warmup_steps = round(asked.warmup * steps)
+    arguments.logging_steps, arguments.eval_steps, arguments.save_steps = _intervals(asked, steps)
+    per_step = step_tokens(asked, arguments.world_size, train_blocks.ids.shape[1])
+    alone = arguments.world_size == 1
+    prompt = held_out.ids[0][: min(8, held_out.ids.shape[1] // 2)].tolist()
+    sample = sampler(model, tokenizer, prompt) if alone else None
+    watch = Watch(folder, per_step, sample, progress, on_evaluation)
+    trainer = GroupTrainer(
+        scales=scales,
+        model=model,
+        args=arguments,
+        train_dataset=train_blocks,
+        eval_dataset=held_out,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, watch
+
+
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -1,0 +1,281 @@
+"""From documents and conversations to blocks of tokens of equal length.
+
+Several documents share a block. Each restarts its positions at zero, which is how transformers' masks keep them apart;
+whether a model really does is tried out, not looked up (`separates`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from dslm.errors import RecipeError
+from dslm.progress import Progress
+from dslm.texts import Row
+from dslm.train.loss import IGNORED
+
+_LENGTH_OF_TRIAL = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """Tokens of one document.
+
+    Attributes:
+        ids: int32 ``[T]``.
+        learned: bool ``[T]``, the tokens that the model should learn to say.
+        whole: it must not be cut (a conversation, unless it is longer than a block).
+    """
+
+    ids: NDArray[np.int32]
+    learned: NDArray[np.bool_]
+    whole: bool
+
+    def __getitem__(self, part: slice) -> Document:
+        return Document(self.ids[part], self.learned[part], self.whole)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Blocks to train or evaluate on.
+
+    Args:
+        ids: int32 ``[N, T]``.
+        labels: int32 ``[N, T]``, `IGNORED` where nothing is to be learned.
+        positions: int32 ``[N, T]``, zero where a document begins; None for a model that does not keep them apart.
+    """
+
+    def __init__(
+        self, ids: NDArray[np.int32], labels: NDArray[np.int32], positions: NDArray[np.int32] | None
+    ) -> None:
+        self.ids, self.labels, self.positions = ids, labels, positions
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        arrays = {"input_ids": self.ids, "labels": self.labels}
+        if self.positions is not None:
+            arrays["position_ids"] = self.positions
+        return {name: torch.from_numpy(array[index].astype(np.int64)) for name, array in arrays.items()}
+
+    def first(self, count: int) -> Blocks:
+        """The first so many blocks."""
+        positions = None if self.positions is None else self.positions[:count]
+        return Blocks(self.ids[:count], self.labels[:count], positions)
+
+    @property
+    def learned(self) -> int:
+        """Tokens that are learned in one pass."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+
+def read_tokens(
+    tokenizer: Any, rows: Sequence[Row], name: str, progress: Progress | None = None
+) -> list[Document]:
+    """Tokenise documents; of a conversation only the assistant's turns are learned.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        rows: what was read.
+        name: of the model, for the message.
+        progress: called with a label, rows done and rows in all.
+
+    Raises:
+        RecipeError: there are conversations and the tokenizer has no chat template, or it refuses one.
+    """
+    if tokenizer.chat_template is None and any(row.messages for row in rows):
+        raise RecipeError(
+            f"the data has conversations, and {name} has no chat template",
+            "train on rows with 'text', or on a model with a chat template",
+        )
+    documents = []
+    for number, row in enumerate(rows, start=1):
+        documents.append(_conversation(tokenizer, row) if row.messages else _text(tokenizer, row.text))
+        if progress is not None and (number % 100 == 0 or number == len(rows)):
+            progress("reading text", number, len(rows))
+    return [document for document in documents if len(document) > 1]
+
+
+def _text(tokenizer: Any, text: str) -> Document:
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, tokenizer.eos_token_id]
+    return Document(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool), whole=False)
+
+
+def _conversation(tokenizer: Any, row: Row) -> Document:
+    """A conversation by its template; a turn's tokens are those by which the conversation up to it grows."""
+    from jinja2 import TemplateError
+
+    ids: list[int] = []
+    learned: list[bool] = []
+    try:
+        for end, message in enumerate(row.messages, start=1):
+            said = message["role"] == "assistant"
+            if said:
+                ids, learned = _grow(tokenizer, row.messages[: end - 1], ids, learned, False, prompt=True)
+            ids, learned = _grow(tokenizer, row.messages[:end], ids, learned, said, prompt=False)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        why = " ".join(str(error).split())
+        raise RecipeError(f"the chat template refuses {row.where}: {why}", "mend that row") from error
+    return Document(np.array(ids, dtype=np.int32), np.array(learned, dtype=bool), whole=True)
+
+
+def _grow(
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    ids: list[int],
+    learned: list[bool],
+    said: bool,
+    *,
+    prompt: bool,
+) -> tuple[list[int], list[bool]]:
+    """The tokens of more of a conversation, those that are new marked as learned or not."""
+    if not messages:
+        return ids, learned
+    longer: list[int] = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=prompt, return_dict=True
+    )["input_ids"]
+    same = next(
+        (i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), min(len(ids), len(longer))
+    )
+    return longer, [*learned[:same], *[said] * (len(longer) - same)]
+
+
+def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """Documents to train on and a share of the tokens to evaluate on, drawn by documents.
+
+    The document where the share is full is cut in two, so that a single long one can be divided as well; a
+    conversation is not.
+    """
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    wanted = round(share * sum(map(len, order)))
+    kept: list[Document] = []
+    while order and wanted > 0:
+        last = order.pop()
+        if len(last) > wanted and not last.whole:
+            order.append(last[: len(last) - wanted])
+            last = last[len(last) - wanted :]
+        wanted -= len(last)
+        kept.append(last)
+    return order, kept
+
+
+def pack(documents: Sequence[Document], length: int, *, filler: int, apart: bool) -> Blocks:
+    """Lay documents end to end into blocks.
+
+    Text is cut where a block ends, and a last block that is not full is left out. A conversation that does not fit
+    into the rest of a block begins the next one; one longer than a block loses its end.
+
+    Args:
+        documents: what to pack, in order.
+        length: tokens in a block.
+        filler: token id for what stays empty.
+        apart: the model keeps documents apart by their positions.
+    """
+    rows: list[_Row] = []
+    row = _Row(length, filler)
+    for document in documents:
+        for piece in _fitting(document, row, length):
+            if row.room < (len(piece) if document.whole else 1):
+                rows.append(row)
+                row = _Row(length, filler)
+            row.add(piece)
+    if row.room == 0 or row.whole:
+        rows.append(row)
+    arrays = [np.stack([getattr(r, name) for r in rows] or [np.zeros(length, np.int32)]) for name in _ARRAYS]
+    ids, labels, positions = (array[: len(rows)] for array in arrays)
+    return Blocks(ids, labels, positions if apart else None)
+
+
+_ARRAYS = ("ids", "labels", "positions")
+
+
+def _fitting(document: Document, row: _Row, length: int) -> Iterator[Document]:
+    """A document in pieces: the first fills the row, the others a row each."""
+    if document.whole:
+        yield document[:length]
+        return
+    start = row.room if row.room > 0 else length
+    yield document[:start]
+    for begin in range(start, len(document), length):
+        yield document[begin : begin + length]
+
+
+class _Row:
+    """A block that is being filled."""
+
+    def __init__(self, length: int, filler: int) -> None:
+        self.ids = np.full(length, filler, dtype=np.int32)
+        self.labels = np.full(length, IGNORED, dtype=np.int32)
+        self.positions = np.arange(length, dtype=np.int32)
+        self.room = length
+        self.whole = False
+
+    def add(self, piece: Document) -> None:
+        begin = len(self.ids) - self.room
+        end = begin + len(piece)
+        self.ids[begin:end] = piece.ids
+        self.labels[begin:end] = np.where(piece.learned, piece.ids, IGNORED)
+        self.labels[begin] = IGNORED  # nothing in the block foretells it
+        self.positions[begin:] = np.arange(len(self.ids) - begin)
+        self.room -= len(piece)
+        self.whole = self.whole or piece.whole
+
+
+def read_blocks(
+    documents: tuple[Sequence[Document], Sequence[Document]],
+    length: int,
+    *,
+    filler: int,
+    apart: bool,
+    what: str,
+) -> tuple[Blocks, Blocks]:
+    """Blocks to train on and blocks to evaluate on.
+
+    Raises:
+        RecipeError: there is not a block of each.
+    """
+    train, held_out = (pack(part, length, filler=filler, apart=apart) for part in documents)
+    for blocks, part, use in ((train, documents[0], "train"), (held_out, documents[1], "evaluate")):
+        if len(blocks) == 0 or blocks.learned == 0:
+            raise RecipeError(
+                f"{what} has {sum(map(len, part)):,} tokens to {use} on, fewer than a block of {length}",
+                "give more text, a smaller --block-size"
+                + (", or a larger --held-out" if use == "evaluate" else ""),
+            )
+    return train, held_out
+
+
+@torch.no_grad()
+def separates(model: Any) -> bool:
+    """Whether a model keeps documents in a block apart when their positions restart.
+
+    It reads the same document twice, after two others; where it keeps them apart the logits are the same.
+    """
+    count = _LENGTH_OF_TRIAL
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.arange(2 * count, device=model.device)[None] % vocab
+    others = torch.cat([(ids[:, :count] + count + 1) % vocab, ids[:, count:]], dim=1)
+    positions = torch.arange(count, device=model.device).repeat(2)[None]
+    try:
+        seen = [
+            model.base_model(input_ids=x, position_ids=positions, use_cache=False).last_hidden_state[
+                :, count:
+            ]
+            for x in (ids, others)
+        ]
+    except TypeError:  # the model knows no positions
+        return False
+    return torch.equal(*seen)

@@ -1,0 +1,175 @@
+"""Training a grown model as its growth asks for (``docs/how-it-works.md``, "Training what was grown").
+
+Adam ignores the scale of a gradient: of ``n`` copies that are summed each moves a full step, so the sum moves ``n``
+times as far as the source would have. A matrix whose input was copied ``n`` times therefore takes ``lr / n``. The
+gradient of what is copied ``m`` times is ``1 / m`` of the source's, and so is its epsilon; a decay of ``n wd`` keeps
+the decoupled product ``lr wd``. What was scaled by ``a`` takes ``a lr``, and its epsilon goes with its gradient. For
+even copies in an untied model the grown model then follows the small one's trajectory exactly. What was not there
+before learns at `NEW` times the rate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dslm.checkpoint.reader import Checkpoint, torch_dtype
+from dslm.errors import DslmError, RecipeError
+from dslm.families import Tensor
+from dslm.families.axes import Role
+from dslm.grow.axis_map import AxisMap
+from dslm.grow.maps import Growth, build_growth
+from dslm.plan import Plan
+
+NEW = 1.3
+"""Rate of new parameters beside that of old ones."""
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What a tensor's rate, epsilon and weight decay are multiplied by."""
+
+    rate: float = 1.0
+    epsilon: float = 1.0
+    decay: float = 1.0
+
+
+def recorded(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What ``dslm.json`` says about a checkpoint; empty where there is none that can be read."""
+    path = None if checkpoint.folder is None else checkpoint.folder / "dslm.json"
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def recorded_growth(checkpoint: Checkpoint) -> Growth:
+    """The maps by which a checkpoint was grown, from its record.
+
+    Raises:
+        RecipeError: it has no record of a growth, or not of one that led to its sizes.
+    """
+    hint = "give a model that dslm up made, or leave out --recipe growth and --freeze-old"
+    values = recorded(checkpoint).get("plan")
+    if not isinstance(values, dict):
+        raise RecipeError(f"{checkpoint.name} has no record of how it was grown (dslm.json)", hint)
+    try:
+        plan = Plan.from_dict(values)
+        config = plan.source.into_config(checkpoint.family, checkpoint.config)
+        growth = build_growth(checkpoint.family, config, plan, torch_dtype(checkpoint.dtype))
+    except (DslmError, KeyError, ValueError, TypeError) as error:
+        raise RecipeError(
+            f"the record of {checkpoint.name} (dslm.json) cannot be read: {error}", hint
+        ) from error
+    if plan.shrinks:
+        raise RecipeError(f"{checkpoint.name} was shrunk, not grown", hint)
+    if plan.target != checkpoint.sizes:
+        raise RecipeError(f"{checkpoint.name} does not have the sizes that its record says (dslm.json)", hint)
+    return growth
+
+
+def growth_scale(tensor: Tensor, growth: Growth) -> Scale:
+    """How to train one tensor of a grown model.
+
+    Where entries have unequally many copies, their mean counts.
+    """
+    what = growth.tensor_map(tensor)
+    rate, epsilon, added = what.factor, 1.0 / what.factor, 0.0
+    for axis, found in zip(tensor.spec.axes, what.axes, strict=True):
+        if found is None:
+            continue
+        kept = np.count_nonzero(~found.new)
+        copies, amplitude = float(kept / found.size), float(found.amplitude[~found.new].mean())
+        added = 1.0 - (1.0 - added) * float(kept / found.target)
+        if axis.role is Role.READ:
+            rate /= copies * amplitude
+            epsilon *= amplitude
+        elif axis.role is Role.GAIN:
+            epsilon /= copies
+        else:
+            rate *= amplitude
+            epsilon /= copies * amplitude
+    return Scale(rate=added * NEW + (1.0 - added) * rate, epsilon=epsilon, decay=1.0 / rate)
+
+
+def added_entries(axis: AxisMap) -> NDArray[np.bool_]:
+    """``[target]``: entries that the source did not have, new ones and every copy but the first."""
+    first = np.zeros(axis.target, dtype=bool)
+    first[np.unique(axis.source, return_index=True)[1]] = True
+    return ~first | axis.new
+
+
+def freeze_old(parameters: Iterable[tuple[torch.nn.Parameter, Tensor]], growth: Growth) -> int:
+    """Let only what a growth added learn: the rest gets no gradient (LLaMA-Pro, arXiv 2401.02415).
+
+    Args:
+        parameters: each parameter and its line of the family's table.
+        growth: the maps of the growth.
+
+    Returns:
+        How many numbers can still learn.
+    """
+    learning = 0
+    for parameter, tensor in parameters:
+        axes = [None if axis is None else added_entries(axis) for axis in growth.tensor_map(tensor).axes]
+        frozen = torch.ones(parameter.shape, dtype=torch.bool)
+        for position, added in enumerate(axes):
+            if added is not None:
+                shape = [-1 if i == position else 1 for i in range(parameter.dim())]
+                frozen = frozen & ~torch.from_numpy(added).view(shape)
+        learning += int((~frozen).sum())
+        if frozen.all():
+            parameter.requires_grad_(False)
+        else:
+            parameter.register_hook(_Mask(frozen))  # type: ignore[no-untyped-call]
+    return learning
+
+
+class _Mask:
+    """A gradient hook that zeroes a part."""
+
+    def __init__(self, frozen: torch.Tensor) -> None:
+        self._frozen = frozen
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        self._frozen = self._frozen.to(gradient.device)
+        return gradient.masked_fill(self._frozen, 0.0)
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, torch.nn.Parameter]],
+    scales: Mapping[str, Scale],
+    *,
+    rate: float,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """AdamW's groups, parameters of the same treatment together. Only matrices decay.
+
+    Args:
+        named: the model's parameters by their names in the module.
+        scales: the same names -> scale, 1 where there is none.
+        rate: learning rate.
+        weight_decay: decoupled.
+    """
+    groups: dict[tuple[float, float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            scale = scales.get(name, Scale())
+            decay = weight_decay * scale.decay if parameter.dim() > 1 else 0.0
+            key = rate * scale.rate, EPSILON * scale.epsilon, decay
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr, "eps": eps, "weight_decay": decay}
+        for (lr, eps, decay), parameters in groups.items()
+    ]

@@ -1,0 +1,296 @@
+"""A training run from end to end: data, model, Trainer, output."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dslm.checkpoint.reader import Checkpoint
+from dslm.checkpoint.writer import check_output
+from dslm.errors import DslmError, RecipeError
+from dslm.families import Tensor
+from dslm.grow.maps import Growth
+from dslm.load import load_model, load_tokenizer, silence_transformers
+from dslm.progress import Progress
+from dslm.texts import CHARACTERS, read_rows
+from dslm.train.adapters import add_adapters, load_four_bit, merge_adapter, need
+from dslm.train.data import Blocks, Document, hold_out, read_blocks, read_tokens, separates
+from dslm.train.growth import Scale, freeze_old, growth_scale, recorded_growth
+from dslm.train.loss import Distillation, give_loss
+from dslm.train.record import Trained, run_record
+from dslm.train.runs import prepare_run, run_folder
+from dslm.train.save import save_adapter, save_plain, table_lines
+from dslm.train.settings import Training, check_training
+from dslm.train.teacher import open_teacher
+
+_EVALUATED = 64  # held-out blocks at most
+_HUB_TOKENS = 1_000_000  # read of a data set on the hub where nobody says how many
+
+
+def train_checkpoint(
+    checkpoint: Checkpoint,
+    asked: Training,
+    out: Path,
+    *,
+    base: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    in_place: bool = False,
+    progress: Progress | None = None,
+    on_evaluation: Callable[[Any], None] | None = None,
+) -> Trained:
+    """Train a model and write it, or its adapter.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls this; the first one writes. Until the output is
+    whole, checkpoints and metrics are in ``OUT.run``, from where an interrupted run goes on.
+
+    Args:
+        checkpoint: the model, opened with its weights.
+        asked: how to train.
+        out: folder to write.
+        base: what card and adapter call the model; its name if None.
+        resume: go on with an interrupted run.
+        overwrite: replace an existing folder, and drop an unfinished run.
+        in_place: ``out`` is the model itself, which is replaced when the run is over.
+        progress: called with a label, steps done and steps in all.
+        on_evaluation: called with each `dslm.train.watch.Evaluation`.
+
+    Raises:
+        RecipeError: what was asked for does not fit together, or the data cannot be used.
+        CheckpointError: the output place is not usable, or the model is broken.
+        MissingExtraError: a package is not installed.
+        VerificationError: the loss became NaN or infinite.
+        DslmError: the memory was not enough.
+    """
+    begin = time.monotonic()
+    check_training(asked)
+    _need_packages(asked)
+    nbytes = 0 if asked.adapts and not asked.merge else checkpoint.nbytes
+    check_output(out, None if in_place else checkpoint.folder, nbytes, overwrite=overwrite or in_place)
+    from accelerate import PartialState
+
+    processes = PartialState(cpu=asked.device == "cpu")
+    ready = _prepare(checkpoint, asked, processes, base or checkpoint.name, progress)
+    facts = asked.as_dict() | {"model": checkpoint.name, "blocks": _fingerprint(ready.blocks)}
+    point = None
+    if processes.is_main_process:
+        point = prepare_run(run_folder(out), facts, resume=resume, overwrite=overwrite)
+    point = _same_everywhere(point, processes)
+    with _explained(asked, out):
+        from dslm.train.arrange import arrange
+
+        trainer, watch = arrange(
+            ready.model, ready.tokenizer, asked, ready.blocks, ready.held_out, ready.scales, run_folder(out),
+            progress=progress, on_evaluation=on_evaluation,
+        )  # fmt: skip
+        perplexity = _run(trainer, watch, point)
+        state = {} if asked.adapts else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    result = Trained(
+        folder=out,
+        steps=trainer.state.global_step,
+        tokens=trainer.state.global_step * watch.step_tokens,
+        learning=sum(p.numel() for p in ready.model.parameters() if p.requires_grad),
+        perplexity=perplexity,
+        seconds=time.monotonic() - begin,
+        apart=ready.apart,
+    )
+    if processes.is_main_process:
+        run = run_record(asked, result, base or checkpoint.name)
+        _write(checkpoint, asked, ready, state, out, run, overwrite=overwrite or in_place, progress=progress)
+    processes.wait_for_everyone()
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A model that can be trained, and what on.
+
+    Attributes:
+        model: with its loss and adapters.
+        tokenizer: of the model.
+        lines: parameter name -> its line of the family's table; empty for adapters.
+        scales: parameter name -> how its rate differs.
+        blocks: to train on.
+        held_out: to evaluate on.
+        apart: whether the model keeps documents in a block apart.
+    """
+
+    model: Any
+    tokenizer: Any
+    lines: Mapping[str, Tensor]
+    scales: Mapping[str, Scale]
+    blocks: Blocks
+    held_out: Blocks
+    apart: bool
+
+
+def _need_packages(asked: Training) -> None:
+    need("accelerate", "train", "training")
+    need("matplotlib", "train", "the picture of the loss")
+    if asked.adapts:
+        need("peft", "train", f"--{asked.mode}")
+    if asked.mode == "qlora":
+        need("bitsandbytes", "qlora", "--qlora")
+
+
+def _prepare(
+    checkpoint: Checkpoint, asked: Training, processes: Any, base: str, progress: Progress | None
+) -> _Ready:
+    """Everything that is read before the first step."""
+    teacher = None if asked.teacher is None else open_teacher(checkpoint, asked.teacher, progress)
+    growth = recorded_growth(checkpoint) if asked.recipe == "growth" or asked.freeze_old else None
+    tokenizer = load_tokenizer(checkpoint)
+    documents, what = _documents(checkpoint, tokenizer, asked, processes.num_processes, progress)
+    device = processes.device.type
+    model = _model(checkpoint, asked, device)
+    apart = separates(model)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    filler = next(i for i in ids if i is not None)
+    length = min(asked.block_size, _context(checkpoint))
+    blocks, held_out = read_blocks(documents, length, filler=filler, apart=apart, what=what)
+    learn = None
+    if teacher is not None:
+        taught = load_model(teacher, device=device).requires_grad_(False)
+        learn = Distillation(taught, asked.temperature, asked.kl_weight)
+    give_loss(model, learn)
+    lines = {} if asked.adapts else table_lines(model, checkpoint)
+    scales = {} if growth is None else _follow_growth(model, lines, growth, asked)
+    if asked.adapts:
+        model = add_adapters(model, asked, base)
+    return _Ready(model, tokenizer, lines, scales, blocks, held_out.first(_EVALUATED), apart)
+
+
+def _documents(
+    checkpoint: Checkpoint, tokenizer: Any, asked: Training, processes: int, progress: Progress | None
+) -> tuple[tuple[list[Document], list[Document]], str]:
+    """What to train on and what to evaluate on, and in words what it is."""
+    per_step = asked.batch_size * asked.gradient_accumulation * processes * asked.block_size
+    wanted = asked.tokens or (asked.max_steps or 0) * per_step or _HUB_TOKENS
+    characters = CHARACTERS * round(wanted / (1 - asked.held_out))
+
+    def tokens(source: str) -> tuple[list[Document], str]:
+        rows, origin = read_rows(source, characters, progress)
+        return read_tokens(tokenizer, rows, checkpoint.name, progress), origin
+
+    read = [tokens(source) for source in asked.data]
+    documents, what = [one for found, _ in read for one in found], ", ".join(origin for _, origin in read)
+    if asked.eval_data is None:
+        return hold_out(documents, asked.held_out, asked.seed), what
+    return (documents, tokens(asked.eval_data)[0]), what
+
+
+def _model(checkpoint: Checkpoint, asked: Training, device: str) -> Any:
+    silence_transformers()
+    torch.manual_seed(asked.seed)
+    if asked.mode == "qlora":
+        return load_four_bit(checkpoint, device)
+    model = load_model(checkpoint, dtype="float32", device=device)
+    model.config.use_cache = False
+    return model
+
+
+def _follow_growth(
+    model: Any, lines: Mapping[str, Tensor], growth: Growth, asked: Training
+) -> dict[str, Scale]:
+    """Freeze what was there, where that is asked for; how the rates of the rest differ."""
+    if asked.freeze_old:
+        named = dict(model.named_parameters())
+        if freeze_old([(named[name], line) for name, line in lines.items()], growth) == 0:
+            raise RecipeError("growing added nothing that could learn", "leave out --freeze-old")
+    follows = asked.recipe == "growth"
+    scales = {name: growth_scale(line, growth) if follows else Scale() for name, line in lines.items()}
+    if asked.freeze_old:  # decay needs no gradient: it would wear down what is frozen
+        scales = {name: replace(scale, decay=0.0) for name, scale in scales.items()}
+    return scales
+
+
+def _context(checkpoint: Checkpoint) -> int:
+    key = checkpoint.family.size_keys.get("positions", "max_position_embeddings")
+    context = checkpoint.family.resolve(checkpoint.config).get(key)
+    return context if isinstance(context, int) else 2**31
+
+
+def _run(trainer: Any, watch: Any, point: Path | None) -> tuple[float, float]:
+    """Train; held-out perplexity before and after."""
+    trainer.args.eval_on_start = point is None
+    trainer.train(resume_from_checkpoint=None if point is None else str(point))
+    if watch.interrupted:
+        raise KeyboardInterrupt
+    found = [line for line in trainer.state.log_history if "eval_perplexity" in line]
+    last = found[-1] if found and found[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+    return found[0]["eval_perplexity"] if found else last["eval_perplexity"], last["eval_perplexity"]
+
+
+def _fingerprint(blocks: Blocks) -> str:
+    return hashlib.sha256(blocks.ids.tobytes() + blocks.labels.tobytes()).hexdigest()[:16]
+
+
+def _same_everywhere(point: Path | None, processes: Any) -> Path | None:
+    """What the first process found, for all."""
+    if processes.num_processes == 1:
+        return point
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Path | None] = broadcast_object_list([point])
+    return told[0]
+
+
+@contextmanager
+def _explained(asked: Training, out: Path) -> Iterator[None]:
+    """Turn a lack of memory into a line that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).lower()
+        if (
+            not isinstance(error, MemoryError)
+            and "out of memory" not in words
+            and "can't allocate" not in words
+        ):
+            raise
+        lower = ["--batch-size"] if asked.batch_size > 1 else []
+        lower += ["--block-size"]
+        other = "" if asked.gradient_checkpointing else ", or give --gradient-checkpointing"
+        raise DslmError(
+            f"the memory is not enough for {asked.batch_size} blocks of {asked.block_size} tokens at once; "
+            f"checkpoints are kept in {run_folder(out)}",
+            f"lower {' or '.join(lower)}{other}",
+        ) from error
+
+
+def _write(
+    checkpoint: Checkpoint,
+    asked: Training,
+    ready: _Ready,
+    state: Mapping[str, torch.Tensor],
+    out: Path,
+    run: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> None:
+    from dslm.train.watch import METRICS, draw_curves, read_metrics
+
+    folder, lines = run_folder(out), ready.lines
+    draw_curves(read_metrics(folder / METRICS), folder / "loss.png")
+    extra = {METRICS: folder / METRICS, "loss.png": folder / "loss.png"}
+    if asked.adapts:
+        adapter = folder / "adapter"
+        ready.model.save_pretrained(adapter)
+        if not asked.merge:
+            save_adapter(checkpoint, adapter, out, run, extra, overwrite=overwrite)
+            shutil.rmtree(folder)
+            return
+        merged = merge_adapter(checkpoint, adapter)
+        lines, state = table_lines(merged, checkpoint), merged.state_dict()
+        extra["adapter"] = adapter
+    save_plain(checkpoint, state, lines, out, run, extra, overwrite=overwrite, progress=progress)
+    shutil.rmtree(folder)

@@ -1,0 +1,76 @@
+"""The folder of an unfinished run: what was asked for, checkpoints to go on from, metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dslm.errors import CheckpointError, RecipeError
+from dslm.train.settings import differing_settings
+
+_ASKED = "run.json"
+
+
+def run_folder(out: Path) -> Path:
+    """Where a run is kept until its output is whole: beside it."""
+    return out.with_name(f"{out.name}.run")
+
+
+def prepare_run(folder: Path, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+    """Make the folder of a run, or find where an earlier one is to go on.
+
+    Args:
+        folder: of the run.
+        asked: everything that decides the run's numbers.
+        resume: go on with what is there.
+        overwrite: what is there may go.
+
+    Returns:
+        The checkpoint to go on from; None for a fresh start.
+
+    Raises:
+        CheckpointError: an unfinished run is there, or none where one is to go on.
+        RecipeError: the run that is there was asked for otherwise.
+    """
+    record = folder / _ASKED
+    if not resume:
+        if folder.exists() and not overwrite:
+            raise CheckpointError(
+                f"an unfinished run is in {folder}",
+                "go on with it with --resume, or drop it with --overwrite",
+            )
+        if folder.exists() and any(folder.iterdir()) and not record.is_file():
+            raise CheckpointError(f"{folder} is not a run of dslm train", "choose another place with -o")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        record.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+        return None
+    if not record.is_file():
+        raise CheckpointError(f"there is no unfinished run in {folder}", "leave out --resume to start one")
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{record} is damaged", "start over with --overwrite") from error
+    changed = differing_settings(before, json.loads(json.dumps(asked)))
+    if changed:
+        words = ", ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in changed.items())
+        raise RecipeError(
+            f"the run in {folder} was asked for otherwise: {words}",
+            "resume with its settings, or use --overwrite",
+        )
+    return last_checkpoint(folder)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that is whole: its state is what the Trainer writes last."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None

@@ -1,0 +1,193 @@
+"""What a run says while it runs: progress, a file of metrics, samples of text, and a stop when the loss is broken."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dslm.errors import VerificationError
+from dslm.progress import Progress
+
+METRICS = "metrics.jsonl"
+_SAMPLE_TOKENS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        step: optimiser steps so far.
+        steps: in all.
+        tokens: trained on so far.
+        loss: mean training loss since the evaluation before; None at the start.
+        perplexity: on held-out text.
+        sample: text that the model wrote.
+    """
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float | None
+    perplexity: float
+    sample: str
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Follows a run.
+
+    Args:
+        folder: where the metrics are written.
+        step_tokens: tokens in an optimiser step.
+        sample: writes some text with the model; None if it cannot.
+        progress: called with a label, steps done and steps in all.
+        on_evaluation: called with what each evaluation found.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step_tokens: int,
+        sample: Callable[[], str] | None,
+        progress: Progress | None,
+        on_evaluation: Callable[[Evaluation], None] | None,
+    ) -> None:
+        self.path = folder / METRICS
+        self.interrupted = False
+        self.step_tokens = step_tokens
+        self._sample, self._progress, self._on_evaluation = sample, progress, on_evaluation
+        self._losses: list[float] = []
+        self._note = ""
+        self._begin, self._first = time.monotonic(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget what an earlier attempt wrote behind the checkpoint that this one goes on from."""
+        self._begin, self._first = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step > 0)
+            self.path.write_text(text, encoding="utf-8")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show how far it is; Ctrl-C lets the step end, keeps it, and stops."""
+        if self._progress is None or not state.is_world_process_zero:
+            return
+        done = (state.global_step - self._first) * self.step_tokens
+        speed = done / max(1e-9, time.monotonic() - self._begin)
+        try:
+            self._progress(f"training\t{self._note}{speed:,.0f} tokens/s", state.global_step, state.max_steps)
+        except KeyboardInterrupt:
+            self.interrupted = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Write a line of metrics.
+
+        Raises:
+            VerificationError: the loss is not a number any more.
+        """
+        known = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
+        found = {key: logs[key] for key in known if key in logs}
+        if not found:
+            return
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(found.get(key, 0.0)):
+                kept = "the last checkpoint before it is kept"
+                raise VerificationError(
+                    f"the loss is {found[key]} at step {state.global_step}; {kept}",
+                    "lower --learning-rate, or check the data and the model",
+                )
+        if "loss" in found:
+            self._losses.append(found["loss"])
+            self._note = f"loss {found['loss']:.3f}, "
+        if state.is_world_process_zero:
+            tokens = state.global_step * self.step_tokens
+            line = {
+                "step": state.global_step,
+                "tokens": tokens,
+                "seconds": time.monotonic() - self._begin,
+                **found,
+            }
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Tell what was found, with a sample of text."""
+        losses, self._losses = self._losses, []
+        if self._on_evaluation is None or not state.is_world_process_zero:
+            return
+        found = Evaluation(
+            step=state.global_step,
+            steps=state.max_steps,
+            tokens=state.global_step * self.step_tokens,
+            loss=sum(losses) / len(losses) if losses else None,
+            perplexity=metrics["eval_perplexity"],
+            sample=self._sample() if self._sample is not None else "",
+        )
+        self._on_evaluation(found)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of metrics; a last one that was cut off while it was written is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def sampler(model: Any, tokenizer: Any, prompt_ids: list[int]) -> Callable[[], str]:
+    """A function that continues a text greedily and gives both, the prompt in front of ``" | "``."""
+
+    def write() -> str:
+        model.eval()
+        ids = torch.tensor([prompt_ids], device=model.device)
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=_SAMPLE_TOKENS,
+                do_sample=False,
+                temperature=None,
+                top_k=None,
+                top_p=None,
+                pad_token_id=tokenizer.eos_token_id
+                if tokenizer.pad_token_id is None
+                else tokenizer.pad_token_id,
+            )
+        parts = (
+            tokenizer.decode(x, skip_special_tokens=True)
+            for x in (out[0][: len(prompt_ids)], out[0][len(prompt_ids) :])
+        )
+        return " | ".join(parts)
+
+    return write
+
+
+def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Loss against tokens as a picture: training as a line, held-out text as points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out text", "o-")):
+        points = [(line["tokens"], line[key]) for line in metrics if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,125 @@
+"""Blocks of tokens: what is packed where, what is learned, what is held out."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import calling
+from dslm.errors import RecipeError
+from dslm.texts import Row, read_rows
+from dslm.train.data import Document, hold_out, pack, read_blocks, read_tokens
+from dslm.train.loss import IGNORED
+from tokenizing import EOS
+
+model = calling.model  # fixture
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ 'w10 ' if m.role == 'user' else 'w11 ' }}{{ m.content }} w12 {% endfor %}"
+    "{% if add_generation_prompt %}w11 {% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(model):
+    return AutoTokenizer.from_pretrained(model)
+
+
+def document(*ids, whole=False):
+    return Document(np.array(ids, np.int32), np.ones(len(ids), bool), whole)
+
+
+def test_text_is_laid_end_to_end_and_cut_at_blocks():
+    blocks = pack([document(5, 6, 7), document(8, 9, 10, 11, 12)], 4, filler=0, apart=True)
+    assert blocks.ids.tolist() == [[5, 6, 7, 8], [9, 10, 11, 12]]
+    assert blocks.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
+    assert blocks.labels.tolist() == [[IGNORED, 6, 7, IGNORED], [IGNORED, 10, 11, 12]]
+    assert blocks.learned == 5
+
+
+def test_a_last_block_of_text_that_is_not_full_is_left_out():
+    blocks = pack([document(5, 6, 7, 8, 9)], 4, filler=0, apart=False)
+    assert (blocks.ids.tolist(), blocks.positions) == ([[5, 6, 7, 8]], None)
+    assert set(blocks[0]) == {"input_ids", "labels"}
+
+
+def test_conversations_stay_whole():
+    pieces = [document(*ids, whole=True) for ids in ([5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15])]
+    blocks = pack(pieces, 4, filler=0, apart=True)
+    assert blocks.ids.tolist() == [[5, 6, 7, 0], [8, 9, 0, 0], [10, 11, 12, 13]]
+    assert blocks.labels[0].tolist() == [IGNORED, 6, 7, IGNORED]
+
+
+def test_every_token_of_text_is_in_exactly_one_place():
+    rng = np.random.default_rng(0)
+    ids = np.arange(1, 1001, dtype=np.int32)
+    documents = [
+        document(*part) for part in np.split(ids, np.sort(rng.choice(np.arange(2, 998), 30, replace=False)))
+    ]
+    blocks = pack(documents, 16, filler=0, apart=True)
+    assert blocks.ids.ravel().tolist() == ids[: 1000 // 16 * 16].tolist()
+    starts = {int(part.ids[0]) for part in documents}
+    for row, positions in zip(blocks.ids, blocks.positions, strict=True):
+        begins = [i == 0 or int(t) in starts for i, t in enumerate(row)]
+        assert [p == 0 for p in positions] == begins
+
+
+def test_a_text_ends_with_the_end_token(tokenizer):
+    (found,) = read_tokens(tokenizer, [Row("w5 w6")], "tiny")
+    assert found.ids.tolist() == [5, 6, EOS]
+
+
+def test_of_a_conversation_the_assistant_s_turns_are_learned(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    turns = [("user", "w20 w21"), ("assistant", "w30"), ("user", "w22"), ("assistant", "w31 w32")]
+    row = Row("", tuple({"role": role, "content": content} for role, content in turns))
+    (found,) = read_tokens(tokenizer, [row], "tiny")
+    assert found.ids.tolist() == [10, 20, 21, 12, 11, 30, 12, 10, 22, 12, 11, 31, 32, 12]
+    assert found.ids[found.learned].tolist() == [30, 12, 31, 32, 12]
+    assert found.whole
+
+
+def test_a_refused_conversation_is_named(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    row = Row(
+        "", ({"role": "system", "content": "w5"}, {"role": "user", "content": "w5"}), "line 3 of d.jsonl"
+    )
+    with pytest.raises(RecipeError, match=r"refuses line 3 of d\.jsonl: no system"):
+        read_tokens(tokenizer, [row], "tiny")
+
+
+def test_conversations_need_a_template(tokenizer):
+    with pytest.raises(RecipeError, match="has conversations, and tiny has no chat template"):
+        read_tokens(tokenizer, [Row("", ({"role": "user", "content": "w5"},))], "tiny")
+
+
+@pytest.mark.parametrize("sizes", [[1000], [10] * 100, [400, 3, 500, 97]])
+def test_a_share_of_the_tokens_is_held_out_and_nothing_is_lost(sizes):
+    ids = iter(range(1000))
+    documents = [document(*(next(ids) for _ in range(size))) for size in sizes]
+    kept, held = hold_out(documents, 0.1, seed=3)
+    assert sum(map(len, held)) == 100
+    assert sorted(i for part in kept + held for i in part.ids.tolist()) == list(range(1000))
+
+
+def test_the_seed_decides_what_is_held_out():
+    documents = [document(i, i) for i in range(100)]
+    drawn = [[d.ids[0] for d in hold_out(documents, 0.1, seed=seed)[1]] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_too_little_text_for_a_block():
+    with pytest.raises(RecipeError, match="d has 3 tokens to train on, fewer than a block of 4"):
+        read_blocks(([document(1, 2, 3)], []), 4, filler=0, apart=True, what="d")
+    with pytest.raises(RecipeError, match="d has 1 tokens to evaluate on"):
+        read_blocks(([document(1, 2, 3, 4)], [document(1)]), 4, filler=0, apart=True, what="d")
+
+
+def test_a_folder_is_read_file_by_file(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.txt").write_text("third")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    (tmp_path / "a.png").write_bytes(b"\x89\0")
+    (tmp_path / ".hidden.txt").write_text("no")
+    rows, what = read_rows(str(tmp_path), 100)
+    assert [row.text for row in rows] == ["first", "second", "third"]
+    assert what == f"the folder {tmp_path}"

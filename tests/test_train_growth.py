@@ -1,0 +1,122 @@
+"""Training what was grown: the recipe follows the small model's own trajectory, and freezing keeps what was there."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import growing
+import pico
+from dslm.checkpoint.reader import open_folder
+from dslm.errors import RecipeError
+from dslm.train.growth import (
+    BETAS,
+    NEW,
+    Scale,
+    added_entries,
+    freeze_old,
+    growth_scale,
+    parameter_groups,
+    recorded_growth,
+)
+from dslm.train.loss import give_loss
+from dslm.train.save import table_lines
+
+UNTIED = {"llama": "mha", "qwen3": "mha", "gemma2": "wide-heads-untied", "olmo2": "mha", "phi": "mha"}
+
+
+def loaded(folder):
+    """A model in float64, its checkpoint, and its parameters' lines of the table."""
+    checkpoint = open_folder(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    return model, checkpoint, table_lines(model, checkpoint)
+
+
+def losses(model, scales, *, steps=50, rate=3e-3, decay=0.1):
+    """The losses of so many steps of AdamW, every step on its own tokens."""
+    give_loss(model)
+    groups = parameter_groups(model.named_parameters(), scales, rate=rate, weight_decay=decay)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS)
+    found = []
+    for step in range(steps):
+        ids = pico.tokens(seed=step)
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def grown_twice(family, variant, place, **options):
+    source = pico.save(pico.make_model(family, variant, dtype=torch.float64), place / "small")
+    sizes = open_folder(source).sizes
+    return source, growing.grow(source, place / "grown", growing.doubled(sizes), **options)
+
+
+@pytest.mark.parametrize("family", UNTIED)
+def test_a_grown_model_follows_the_small_one_s_trajectory(family, tmp_path):
+    small, grown = grown_twice(family, UNTIED[family], tmp_path, split="even")
+    model, checkpoint, lines = loaded(grown)
+    growth = recorded_growth(checkpoint)
+    scales = {name: growth_scale(line, growth) for name, line in lines.items()}
+    expected = losses(loaded(small)[0], {})
+    assert expected[0] - expected[-1] > 0.5  # it learned something worth following
+    assert losses(model, scales) == pytest.approx(expected, abs=1e-5)
+    plain = losses(loaded(grown)[0], {})
+    assert max(abs(a - b) for a, b in zip(plain, expected, strict=True)) > 1e-2
+
+
+def test_what_was_added_learns_faster_and_copies_slower(tmp_path):
+    source = pico.save(pico.make_model("llama", "mha"), tmp_path / "small")
+    sizes = open_folder(source).sizes
+    wider = sizes.replace(intermediate_size=2 * sizes.intermediate_size)
+    found = {}
+    for method in ("hypercloning", "padding"):
+        checkpoint = open_folder(growing.grow(source, tmp_path / method, wider, method=method))
+        growth = recorded_growth(checkpoint)
+        layout = checkpoint.family.layout(checkpoint.config)
+        name = "model.layers.0.mlp.{}_proj.weight"
+        found[method] = [growth_scale(layout[name.format(part)], growth) for part in ("down", "up")]
+    assert found["hypercloning"] == [Scale(0.5, 1.0, 2.0), Scale(1.0, 0.5, 1.0)]
+    half_new = Scale((1 + NEW) / 2, 1.0, 1.0)
+    assert found["padding"] == [half_new, half_new]
+
+
+@pytest.mark.parametrize("method", ["hypercloning", "padding"])
+def test_freezing_trains_only_what_was_added(method, tmp_path):
+    _, grown = grown_twice("llama", "mha", tmp_path, method=method)
+    model, checkpoint, lines = loaded(grown)
+    growth = recorded_growth(checkpoint)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    named = dict(model.named_parameters())
+    learning = freeze_old([(named[name], line) for name, line in lines.items()], growth)
+    losses(model, {}, steps=3, decay=0.0)
+    changed = 0
+    for name, parameter in model.named_parameters():
+        moved = parameter.detach() != before[name]
+        changed += int(moved.sum())
+        old = torch.ones_like(moved)
+        for position, axis in enumerate(growth.tensor_map(lines[name]).axes):
+            if axis is not None:
+                kept = ~torch.from_numpy(added_entries(axis))
+                old &= kept.view([-1 if i == position else 1 for i in range(moved.dim())])
+        assert not (moved & old).any(), name
+    assert 0.9 * learning < changed <= learning
+
+
+def test_a_model_without_a_record_of_growth_is_refused(tmp_path):
+    source = pico.save(pico.make_model("llama", "mha"), tmp_path / "small")
+    with pytest.raises(RecipeError, match="small has no record of how it was grown"):
+        recorded_growth(open_folder(source))
+    (source / "dslm.json").write_text('{"plan": {"model": "x"}}')
+    with pytest.raises(RecipeError, match=r"the record of small \(dslm.json\) cannot be read"):
+        recorded_growth(open_folder(source))
+
+
+def test_a_record_of_other_sizes_is_refused(tmp_path):
+    _, grown = grown_twice("llama", "mha", tmp_path)
+    record = (grown / "dslm.json").read_text()
+    small = tmp_path / "small"
+    (small / "dslm.json").write_text(record)
+    with pytest.raises(RecipeError, match="small does not have the sizes that its record says"):
+        recorded_growth(open_folder(small))

@@ -12,7 +12,7 @@ import pico
 from dslm.checkpoint.reader import open_folder
 from dslm.verify.measured import Measured, apart, ratio
 from dslm.verify.perplexity import evaluate_text, logits_of
-from dslm.verify.reading import _before
+from dslm.verify.reading import whole_words
 from evaluating import LENGTH, ids_of, words
 from tokenizing import BOS, add_tokenizer
 
@@ -168,7 +168,7 @@ def test_a_limit_takes_the_first_windows(model, foreign, limit):
 )
 def test_a_limit_does_not_cut_words(end, head):
     """A word that is cut would be read as other tokens; the first word is all there is."""
-    assert _before("one two three", end) == head
+    assert whole_words("one two three", end) == head
 
 
 def test_windows_fit_the_context_of_both_models(tmp_path, model):

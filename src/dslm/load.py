@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +125,6 @@ def silence_transformers() -> None:
 
     noise.set_verbosity_error()
     noise.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it remarks on kernels that it does without
 
 
 def _folder(checkpoint: Checkpoint) -> Path:

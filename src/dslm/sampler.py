@@ -41,11 +41,21 @@ class Loaded:
         checkpoint: what was loaded.
         model: a ``PreTrainedModel`` in evaluation mode.
         tokenizer: a transformers tokenizer.
+        own: the generation config that came with the model; its end and padding tokens are obeyed.
     """
 
     checkpoint: Checkpoint
     model: Any
     tokenizer: Any
+    own: Any
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a text in the model's own settings."""
+        eos = self.own.eos_token_id
+        if eos is None:
+            return []
+        return eos if isinstance(eos, list) else [eos]
 
     @property
     def device(self) -> str:
@@ -125,7 +135,8 @@ def load(checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto") -
         DslmError: there is no such device.
     """
     tokenizer = load_tokenizer(checkpoint)
-    return Loaded(checkpoint, load_model(checkpoint, dtype=dtype, device=device), tokenizer)
+    model = load_model(checkpoint, dtype=dtype, device=device)
+    return Loaded(checkpoint, model, tokenizer, model.generation_config)
 
 
 def write(
@@ -157,7 +168,8 @@ def write(
     import torch
 
     model, tokenizer = loaded.model, loaded.tokenizer
-    model.generation_config = _generation_config(model.generation_config, count, sampling, stops)
+    # Set and not passed: what is passed is completed with the model's own settings, its sampling too.
+    model.generation_config = _generation_config(loaded, count, sampling, stops)
     # Decoded together and cut: decoded alone, many tokenizers would drop the space at the start.
     head = tokenizer.decode(ids, skip_special_tokens=True)
     torch.manual_seed(sampling.seed % 2**64)  # the generator takes no more bits
@@ -179,23 +191,12 @@ def write(
     return Written(whole, len(whole) - len(ids), text, seconds, output.past_key_values)
 
 
-def end_tokens(loaded: Loaded) -> set[int]:
-    """The tokens that end a text in the model's own settings."""
-    return set(_listed(loaded.model.generation_config.eos_token_id))
-
-
-def _listed(eos: int | list[int] | None) -> list[int]:
-    if eos is None:
-        return []
-    return eos if isinstance(eos, list) else [eos]
-
-
-def _generation_config(own: Any, tokens: int, sampling: Sampling, stops: Collection[int]) -> Any:
+def _generation_config(loaded: Loaded, tokens: int, sampling: Sampling, stops: Collection[int]) -> Any:
     """The stop and padding tokens of the model's own settings, everything else as asked for."""
     from transformers import GenerationConfig
 
-    eos = list(dict.fromkeys([*_listed(own.eos_token_id), *stops]))
-    pad = own.pad_token_id
+    eos = list(dict.fromkeys([*loaded.end_tokens, *stops]))
+    pad = loaded.own.pad_token_id
     if pad is None and eos:
         pad = eos[0]
     drawing: dict[str, Any] = {"do_sample": False}
@@ -208,7 +209,7 @@ def _generation_config(own: Any, tokens: int, sampling: Sampling, stops: Collect
         }
     return GenerationConfig(
         max_new_tokens=tokens,
-        bos_token_id=own.bos_token_id,
+        bos_token_id=loaded.own.bos_token_id,
         eos_token_id=eos or None,
         pad_token_id=pad,
         **drawing,

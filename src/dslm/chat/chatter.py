@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dslm.chat.conversation import Conversation
 from dslm.errors import DslmError
-from dslm.sampler import Loaded, Sampling, end_tokens, write
+from dslm.sampler import Loaded, Sampling, write
 
 _MARK = "the answer ends here"
 
@@ -116,7 +116,7 @@ class Chatter:
         )
         self._seen, self._cache = written.ids[:-1], written.cache
         ending: Literal["end", "length", "stopped"] = "stopped"
-        if written.ids[-1] in end_tokens(self.loaded):
+        if written.ids[-1] in {*self.loaded.end_tokens, *self._stops}:
             ending = "end"
         elif written.tokens == count:
             ending = "length"

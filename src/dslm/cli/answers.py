@@ -66,8 +66,8 @@ class Stream:
         self._file = file
         self._interactive = interactive
         self._quiet = quiet
-        self._shown = 0
-        self._last = ""
+        self._below_text = False
+        self._last = "\n"
 
     def turn(self) -> AbstractContextManager[None]:
         """Nothing frames an answer here."""
@@ -75,12 +75,11 @@ class Stream:
 
     def begin(self, index: int) -> None:
         """Set off the answer from what is above it."""
-        if self._shown and not self._interactive:
+        if self._below_text and not self._interactive:
             self.write("\n")
+            self._below_text = False
         if len(self._labels) > 1:
             self.write(f"== {self._labels[index]} ==\n")
-        self._shown += 1
-        self._last = "\n"
 
     def write(self, text: str) -> None:
         """Show one piece of the answer."""
@@ -88,6 +87,7 @@ class Stream:
             self._file.write(text)
             self._file.flush()
         self._last = text
+        self._below_text = True
 
     def end(self, notes: Sequence[str], error: str = "") -> None:
         """End the line; remarks and errors go to stderr."""

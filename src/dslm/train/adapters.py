@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def need(package: str, extra: str, what: str) -> Any:
     Raises:
         MissingExtraError: it is not installed; the hint is the command that installs it.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it remarks on kernels that it does without
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -18,6 +18,9 @@ from dslm.train.settings import Training
 from dslm.train.trainer import GroupTrainer
 from dslm.train.watch import Evaluation, Watch, sampler
 
+_EVALUATED, _LEAST = 64, 4
+"""Held-out blocks in an evaluation, at most and at least."""
+
 
 def step_tokens(asked: Training, processes: int, length: int) -> int:
     """Tokens in an optimiser step of all processes."""
@@ -99,6 +102,10 @@ def arrange(
     arguments.logging_steps, arguments.eval_steps, arguments.save_steps = _intervals(asked, steps)
     per_step = step_tokens(asked, arguments.world_size, train_blocks.ids.shape[1])
     alone = arguments.world_size == 1
+    # Ten evaluations, at a third of the cost of a training step each, should take a small share of the time.
+    held_out = held_out.first(
+        min(_EVALUATED, max(_LEAST, steps * step_tokens(asked, arguments.world_size, 1) // 16))
+    )
     prompt = held_out.ids[0][: min(8, held_out.ids.shape[1] // 2)].tolist()
     sample = sampler(model, tokenizer, prompt) if alone else None
     watch = Watch(folder, per_step, sample, progress, on_evaluation)

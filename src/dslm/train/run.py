@@ -31,7 +31,6 @@ from dslm.train.save import save_adapter, save_plain, table_lines
 from dslm.train.settings import Training, check_training
 from dslm.train.teacher import open_teacher
 
-_EVALUATED = 64  # held-out blocks at most
 _HUB_TOKENS = 1_000_000  # read of a data set on the hub where nobody says how many
 
 
@@ -165,7 +164,7 @@ def _prepare(
     scales = {} if growth is None else _follow_growth(model, lines, growth, asked)
     if asked.adapts:
         model = add_adapters(model, asked, base)
-    return _Ready(model, tokenizer, lines, scales, blocks, held_out.first(_EVALUATED), apart)
+    return _Ready(model, tokenizer, lines, scales, blocks, held_out, apart)
 
 
 def _documents(

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -183,11 +184,18 @@ def quiet(progress: Progress | None = None, prefix: str = "") -> Iterator[None]:
         progress: called with a label, what is done and what there is in all.
         prefix: of the labels.
     """
+    stdout = sys.stdout
+
+    def told(label: str, done: int, total: int) -> None:
+        if progress is not None:
+            with redirect_stdout(stdout):  # what a callback prints, and keeps to restore, is not lm-eval's
+                progress(prefix + label, done, total)
+
     with ExitStack() as stack:
         # For the errors of some metrics it would start a process for every core, and print.
         stack.enter_context(_environment("DISABLE_MULTIPROC", "1"))
         stack.enter_context(redirect_stdout(io.StringIO()))
-        stack.enter_context(_bars(progress, prefix))
+        stack.enter_context(_bars(told))
         if not _log.isEnabledFor(logging.DEBUG):
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
@@ -220,7 +228,7 @@ def _only_errors(logger: logging.Logger) -> Iterator[None]:
 
 
 @contextmanager
-def _bars(progress: Progress | None, prefix: str) -> Iterator[None]:
+def _bars(progress: Progress) -> Iterator[None]:
     """Let every tqdm bar draw nothing and tell the callback: lm-eval has no switch for all of its bars."""
     from tqdm import tqdm
 
@@ -230,7 +238,7 @@ def _bars(progress: Progress | None, prefix: str) -> Iterator[None]:
 
     def begin(bar: Any, *args: Any, **options: Any) -> None:
         kept["__init__"](bar, *args, **(options | {"disable": True}))
-        bar.label = prefix + (options.get("desc") or "preparing examples").lower()
+        bar.label = (options.get("desc") or "preparing examples").lower()
 
     def every(bar: Any) -> Iterator[Any]:
         for item in bar.iterable:
@@ -239,8 +247,7 @@ def _bars(progress: Progress | None, prefix: str) -> Iterator[None]:
 
     def update(bar: Any, count: int = 1) -> None:
         bar.n += count
-        if progress is not None:
-            progress(bar.label, bar.n, bar.total or 0)
+        progress(bar.label, bar.n, bar.total or 0)
 
     for name, stub in (("__init__", begin), ("__iter__", every), ("update", update)):
         setattr(tqdm, name, stub)

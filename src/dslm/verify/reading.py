@@ -111,7 +111,7 @@ class Reader:
                 break
             ids, begins = self._read(document)
             end = windows * self._step(length)
-            kept.append(_before(document, begins[end]) if end < len(ids) else document)
+            kept.append(whole_words(document, begins[end]) if end < len(ids) else document)
             windows -= -(-len(ids) // self._step(length))
         return kept
 
@@ -159,7 +159,7 @@ def window_length(checkpoints: list[Checkpoint], wanted: int) -> int:
     return length
 
 
-def _before(document: str, end: int) -> str:
+def whole_words(document: str, end: int) -> str:
     """The document up to a character, or to the last word that ends before it: half a word reads differently."""
     head = document[:end]
     if not (document[end].isspace() or head[-1:].isspace()):

@@ -79,35 +79,42 @@ def text_words(report: TextReport) -> list[str]:
         "one window gives no standard error: take a longer text or a smaller --sequence-length"
         if len(model.nats) < 2
         else "± is one standard error over windows"
-        + (", of differences over the same windows" if other is not None and report.same_tokenizer else "")
+        + (
+            "; of a difference, over differences on the same windows"
+            if other is not None and report.same_tokenizer
+            else ""
+        )
     )
     return lines
 
 
 def task_header(report: TaskReport) -> tuple[str, ...]:
     """Columns of `task_rows`."""
-    return ("task and metric", "shots", "examples", *(COMPARED[1:] if report.against else COMPARED[1:2]))
+    return COMPARED if report.against else COMPARED[:2]
 
 
 def task_rows(report: TaskReport) -> list[tuple[str, ...]]:
-    """A row for each metric of each task."""
-    return [
-        (
-            _title(score),
-            "" if score.shots is None else str(score.shots),
-            f"{score.examples:,}",
-            with_error(score.model),
-            *((with_error(score.against), with_error(score.difference, sign="+")) if report.against else ()),
-        )
-        for score in report.scores
-    ]
+    """A row for each task, and one below it for each of its metrics."""
+    rows: list[tuple[str, ...]] = []
+    last = None
+    for score in report.scores:
+        figures = [with_error(score.model)]
+        if report.against:
+            figures += [with_error(score.against), with_error(score.difference, sign="+") + _star(score)]
+        if score.task != last:
+            shots = f", {score.shots}-shot" if score.shots else ""
+            rows.append((f"{score.task}{shots} ({score.examples:,})", *("" for _ in figures)))
+        lower = ", lower is better" if score.higher_is_better is False else ""
+        rows.append((f"  {score.metric}{lower}", *figures))
+        last = score.task
+    return rows
 
 
 def task_words(report: TaskReport) -> list[str]:
     """How tasks were run, and what the errors mean."""
-    part = "" if report.limit is None else f", the first {report.limit:,} examples of each task"
+    part = ", all examples" if report.limit is None else f", the first {report.limit:,} examples of each task"
     dtypes = " and ".join(dict.fromkeys(report.dtypes))
-    lines = [f"by lm-eval {report.harness}{part}; {dtypes} on {report.device}"]
+    lines = [f"by lm-eval {report.harness}{part} (in brackets how many); {dtypes} on {report.device}"]
     if any(score.model.error is not None for score in report.scores):
         over = "; of a difference, over differences on the same examples" if report.against else ""
         lines.append(f"± is one standard error over examples{over}")
@@ -118,11 +125,6 @@ def task_words(report: TaskReport) -> list[str]:
 
 def _star(score: TaskScore) -> str:
     return "" if score.paired or score.difference is None or score.difference.error is None else " *"
-
-
-def _title(score: TaskScore) -> str:
-    lower = ", lower is better" if score.higher_is_better is False else ""
-    return f"{score.task}: {score.metric}{lower}"
 
 
 def _counted(count: int, word: str) -> str:

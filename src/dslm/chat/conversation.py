@@ -145,7 +145,7 @@ def _write_whole(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        path.write_text(text)
+        partial.replace(path)
     finally:
         with suppress(OSError):  # it has taken its place, or could not be made at all
             partial.unlink()

@@ -41,6 +41,9 @@ def command(
 
     A model without a chat template goes on with the text of the conversation. From a pipe, each line of stdin is a
     message or a command, and Ctrl-C ends the program. --json prints the whole conversation when it is over.
+
+    With --against both models draw from the same seed. A model that was only grown then says what its source says,
+    as far as rounding lets it: with --dtype float32 word for word, or nearly.
     """
     given = [model] if against is None else [model, against]
     checkpoints = [open_model(each, quiet=quiet) for each in given]

@@ -328,6 +328,18 @@ def test_an_existing_output_is_refused_before_anything_is_read(call, model, data
     assert "exists and is not empty" in one_line(err)
 
 
+def test_a_folder_in_the_place_of_the_run_is_not_deleted(call, model, tmp_path):
+    mine = tmp_path / "out.run" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    code, _, err = call(
+        "train", model, "-o", tmp_path / "out", "--data", "/no/such.txt", *QUICK, "--overwrite"
+    )
+    assert code == 1
+    assert "out.run is not a run of dslm train" in one_line(err)
+    assert mine.read_text() == "mine"
+
+
 def test_a_teacher_with_another_tokenizer_is_refused(call, model, data, tmp_path):
     other = pico.save(pico.make_model("llama", "mha"), tmp_path / "other")
     add_tokenizer(other, words=50)

@@ -26,7 +26,7 @@ from dslm.train.data import Blocks, Document, hold_out, read_blocks, read_tokens
 from dslm.train.growth import Scale, freeze_old, growth_scale, recorded_growth
 from dslm.train.loss import Distillation, give_loss
 from dslm.train.record import Trained, run_record
-from dslm.train.runs import prepare_run, run_folder
+from dslm.train.runs import check_run, prepare_run, run_folder
 from dslm.train.save import save_adapter, save_plain, table_lines
 from dslm.train.settings import Training, check_training
 from dslm.train.teacher import open_teacher
@@ -77,6 +77,8 @@ def train_checkpoint(
     from accelerate import PartialState
 
     processes = PartialState(cpu=asked.device == "cpu")
+    if processes.is_main_process:
+        check_run(run_folder(out), resume=resume, overwrite=overwrite)
     ready = _prepare(checkpoint, asked, processes, base or checkpoint.name, progress)
     facts = asked.as_dict() | {"model": checkpoint.name, "blocks": _fingerprint(ready.blocks)}
     point = None

@@ -36,20 +36,12 @@ def prepare_run(folder: Path, asked: Mapping[str, Any], *, resume: bool, overwri
         RecipeError: the run that is there was asked for otherwise.
     """
     record = folder / _ASKED
+    check_run(folder, resume=resume, overwrite=overwrite)
     if not resume:
-        if folder.exists() and not overwrite:
-            raise CheckpointError(
-                f"an unfinished run is in {folder}",
-                "go on with it with --resume, or drop it with --overwrite",
-            )
-        if folder.exists() and any(folder.iterdir()) and not record.is_file():
-            raise CheckpointError(f"{folder} is not a run of dslm train", "choose another place with -o")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         record.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
         return None
-    if not record.is_file():
-        raise CheckpointError(f"there is no unfinished run in {folder}", "leave out --resume to start one")
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -62,6 +54,25 @@ def prepare_run(folder: Path, asked: Mapping[str, Any], *, resume: bool, overwri
             "resume with its settings, or use --overwrite",
         )
     return last_checkpoint(folder)
+
+
+def check_run(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse the place of a run before anything is read.
+
+    Raises:
+        CheckpointError: an unfinished run is there, or none where one is to go on, or something else.
+    """
+    record = folder / _ASKED
+    if resume and not record.is_file():
+        raise CheckpointError(f"there is no unfinished run in {folder}", "leave out --resume to start one")
+    if resume or not folder.exists():
+        return
+    if any(folder.iterdir()) and not record.is_file():
+        raise CheckpointError(f"{folder} is not a run of dslm train", "choose another place with -o")
+    if not overwrite:
+        raise CheckpointError(
+            f"an unfinished run is in {folder}", "go on with it with --resume, or drop it with --overwrite"
+        )
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -55,6 +55,8 @@ def test_full_training_writes_a_plain_checkpoint_that_learned(call, model, data,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert not torch.equal(trained.lm_head.weight, AutoModelForCausalLM.from_pretrained(model).lm_head.weight)
     assert err.count("held-out perplexity") == 11
+    grown = growing.grow(out, tmp_path / "grown", growing.doubled(open_folder(out).sizes))
+    assert not {"metrics.jsonl", "loss.png"} & {path.name for path in grown.iterdir()}
     assert "w" in err.splitlines()[1]  # a sample of text
 
 
@@ -74,6 +76,10 @@ def test_lora_writes_an_adapter_that_peft_loads(call, model, data, tmp_path):
     assert code == 0, err
     assert "adapter written to" in said
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    again = call(
+        "train", model, "-o", out, "--data", data, *QUICK, "--lora", "--lora-r", 4, "--overwrite", "-q"
+    )
+    assert again[0] == 0, again[2]
     base = AutoModelForCausalLM.from_pretrained(model)
     ids = pico.tokens()
     plain = base(ids).logits
@@ -270,12 +276,24 @@ def test_healing_that_fails_leaves_the_shrunk_model(call, model, data, tmp_path)
     ("options", "said"),
     [
         (["--data", "x.txt"], "--data is for healing; say how long with --heal-tokens"),
+        (["--heal-tokens", "1k", "--data", "x.txt"], "there is no file x.txt"),
         (["--heal-tokens", "1k"], "there is no text to heal on"),
     ],
 )
 def test_healing_needs_text_and_length(options, said, call, model, tmp_path):
     code, _, err = call("down", model, "-o", tmp_path / "out", "--intermediate-size", 32, *options)
     assert (code, said in one_line(err)) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_run_is_seen_before_the_shrink(call, model, data, tmp_path):
+    run = tmp_path / "out.run" / "run.json"
+    run.parent.mkdir()
+    run.write_text("{}")
+    options = ["--intermediate-size", 32, "--calibration", data, "--heal-tokens", "1k"]
+    code, _, err = call("down", model, "-o", tmp_path / "out", *options)
+    assert (code, "an unfinished run is in" in one_line(err)) == (1, True)
+    assert run.is_file()
 
 
 REFUSED = {

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 _NOT_COPIED = re.compile(
-    r"config\.json|README\.md|dslm\.json|.*\.safetensors|.*\.safetensors\.index\.json|.*\.index\.json"
+    r"config\.json|README\.md|dslm\.json|metrics\.jsonl|loss\.png|.*\.safetensors|.*\.safetensors\.index\.json|.*\.index\.json"
     r"|.*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|ot|py|partial|lock)|\..*",
     re.IGNORECASE,
 )

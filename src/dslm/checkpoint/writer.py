@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5_000_000_000
+_OF_A_MODEL = ("config.json", "adapter_config.json")
 INDEX = "model.safetensors.index.json"
 
 
@@ -72,7 +73,7 @@ def check_output(out: Path, source: Path | None, nbytes: int, *, overwrite: bool
         raise CheckpointError(
             f"output {out} is the folder you are in, or above it", "write somewhere else with -o"
         )
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in _OF_A_MODEL):
         raise CheckpointError(
             f"output {out} holds something that is not a model, which --overwrite would delete",
             "choose another with -o",

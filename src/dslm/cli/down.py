@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
-from dslm.cli.heal import check_healing, heal, heal_data_option, heal_tokens_option
+from dslm.cli.heal import check_healing, heal, heal_data_option, heal_tokens_option, healing_text
 from dslm.cli.sizes import (
     FREE_BESIDE_PLAN,
     change_facts,
@@ -139,7 +139,7 @@ def command(
         refuse_beside_plan(
             click.get_current_context(), FREE_BESIDE_PLAN | {"check", "device", "heal_tokens", "data"}
         )
-    healing = check_healing(heal_tokens, data, options["calibration"])
+    check_healing(heal_tokens, data, output, overwrite=overwrite)
     source = open_model(model, weights=not dry_run or options["search"] > 0, quiet=quiet)
     shapes: list[Scored] = []
     if options["search"]:
@@ -154,6 +154,7 @@ def command(
         raise RecipeError(
             "nothing to shrink: the target is the source", "give -edd, -upd, a size, --params or --keep-ratio"
         )
+    healing = healing_text(data, plan) if heal_tokens is not None else ()
     facts = change_facts(source, plan) | {"seed": plan.seed, "calibration": plan.calibration}
     if shapes:
         facts["shapes"] = [shape_facts(shape) for shape in shapes]
@@ -172,7 +173,9 @@ def command(
         )
     facts |= shrunk_facts(done) | {"output": str(out)}
     if heal_tokens is not None:
-        facts["healed"] = heal(out, model, heal_tokens, healing, plan.seed, device, quiet=quiet)
+        facts["healed"] = heal(
+            out, model, heal_tokens, healing, plan.seed, device, overwrite=overwrite, quiet=quiet
+        )
     _report(facts, as_json)
 
 

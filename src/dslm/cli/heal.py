@@ -7,9 +7,12 @@ from typing import Any
 
 import click
 
-from dslm.cli.common import progress_bar
+from dslm.cli.common import progress_bar, remark
 from dslm.errors import RecipeError
+from dslm.plan import Plan
+from dslm.plan_shrink import names_data_set
 from dslm.targets import parse_count
+from dslm.train.settings import Training
 
 heal_tokens_option = click.option(
     "--heal-tokens", metavar="COUNT", help="Then train on so many tokens with the source as teacher: 100k."
@@ -19,46 +22,74 @@ heal_data_option = click.option(
 )
 
 
-def check_healing(tokens: str | None, data: tuple[str, ...], calibration: str | None) -> tuple[str, ...]:
-    """The text to heal on; empty if healing was not asked for.
+def check_healing(tokens: str | None, data: tuple[str, ...], out: Path | None, *, overwrite: bool) -> None:
+    """Refuse before a long shrink what would keep it from being healed.
 
     Raises:
-        RecipeError: there is a text and no number of tokens, or the other way round.
+        RecipeError: there is a text and no number of tokens, or the text cannot be read.
+        MissingExtraError: a package is not installed.
+        CheckpointError: an unfinished run is in the place.
     """
     if tokens is None:
         if data:
             raise RecipeError("--data is for healing", "say how long with --heal-tokens")
-        return ()
-    parse_count(tokens)
+        return
+    from dslm.train.run import need_packages
+    from dslm.train.runs import check_run, run_folder
+
+    need_packages(_training(tokens, data))
+    if out is not None:
+        check_run(run_folder(out), resume=False, overwrite=overwrite)
+    for source in data:
+        if not names_data_set(source) and not Path(source).expanduser().exists():
+            raise RecipeError(f"there is no file {source}", "give a text file or a data set's owner/name")
+
+
+def healing_text(data: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+    """The text to heal on: what was named, or what the shrink is calibrated on.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    calibration = (plan.calibration or {}).get("text")
     if not data and calibration is None:
         raise RecipeError("there is no text to heal on", "name some with --data or --calibration")
     return data or (str(calibration),)
 
 
+def _training(tokens: str, data: tuple[str, ...], **options: Any) -> Training:
+    return Training(data=data, tokens=parse_count(tokens), **options)
+
+
 def heal(
-    out: Path, teacher: str, tokens: str, data: tuple[str, ...], seed: int, device: str, *, quiet: bool
+    out: Path,
+    teacher: str,
+    tokens: str,
+    data: tuple[str, ...],
+    seed: int,
+    device: str,
+    *,
+    overwrite: bool,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Train a model that was just shrunk, in its place; what was reached.
 
-    If it fails the model stays as shrinking left it.
+    If it fails or is interrupted the model stays as shrinking left it.
 
     Raises:
         DslmError: the text cannot be used, or the training failed.
     """
     from dslm.checkpoint.reader import open_folder
     from dslm.train.run import train_checkpoint
-    from dslm.train.settings import Training
 
-    asked = Training(
-        data=data,
-        tokens=parse_count(tokens),
-        teacher=teacher,
-        seed=seed,
-        device="cpu" if device == "cpu" else "auto",
-    )
-    with progress_bar(quiet=quiet) as progress:
-        done = train_checkpoint(
-            open_folder(out), asked, out, in_place=True, overwrite=True, progress=progress
-        )
+    asked = _training(tokens, data, teacher=teacher, seed=seed, device="cpu" if device == "cpu" else "auto")
+    try:
+        with progress_bar(quiet=quiet) as progress:
+            done = train_checkpoint(
+                open_folder(out), asked, out, in_place=True, overwrite=overwrite, progress=progress
+            )
+    except KeyboardInterrupt:
+        remark(f"{out} is shrunk, not healed; dslm train {out} --teacher source does that", quiet=quiet)
+        raise
     before, after = done.perplexity
     return {"tokens": done.tokens, "perplexity": {"before": before, "after": after}, "seconds": done.seconds}

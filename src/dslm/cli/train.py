@@ -116,7 +116,7 @@ _GROUPS: list[Any] = [
         metavar="NAMES",
         help="Modules, with commas.",
     ),
-    click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time."),
+    click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time."),
     click.option(
         "--precision",
         type=click.Choice(["auto", "float32", "bfloat16"]),

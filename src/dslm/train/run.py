@@ -71,7 +71,7 @@ def train_checkpoint(
     """
     begin = time.monotonic()
     check_training(asked)
-    _need_packages(asked)
+    need_packages(asked)
     nbytes = 0 if asked.adapts and not asked.merge else checkpoint.nbytes
     check_output(out, None if in_place else checkpoint.folder, nbytes, overwrite=overwrite or in_place)
     from accelerate import PartialState
@@ -79,7 +79,8 @@ def train_checkpoint(
     processes = PartialState(cpu=asked.device == "cpu")
     if processes.is_main_process:
         check_run(run_folder(out), resume=resume, overwrite=overwrite)
-    ready = _prepare(checkpoint, asked, processes, base or checkpoint.name, progress)
+    with _explained(asked, out):
+        ready = _prepare(checkpoint, asked, processes, base or checkpoint.name, progress)
     facts = asked.as_dict() | {"model": checkpoint.name, "blocks": _fingerprint(ready.blocks)}
     point = None
     if processes.is_main_process:
@@ -133,7 +134,12 @@ class _Ready:
     apart: bool
 
 
-def _need_packages(asked: Training) -> None:
+def need_packages(asked: Training) -> None:
+    """Refuse a run whose packages are not all there.
+
+    Raises:
+        MissingExtraError: one is not installed.
+    """
     need("accelerate", "train", "training")
     need("matplotlib", "train", "the picture of the loss")
     if asked.adapts:

@@ -13,8 +13,8 @@ SCHEDULES = ("cosine", "linear", "constant")
 RECIPES = ("plain", "growth")
 PRECISIONS = ("auto", "float32", "bfloat16")
 LEARNING_RATES = {"full": 1e-4, "lora": 2e-4, "qlora": 2e-4}
-"""Where none is given. Full training of a resized model: the rate at which healing gained most
-(``benchmarks/healing.py``). Adapters: what QLoRA used for small models (arXiv 2305.14314, table 9)."""
+"""Where none is given. Full training: a careful rate, not yet tuned. Adapters: what QLoRA used for 7B and 13B models
+(arXiv 2305.14314)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ ORDER = [
     {"plan", "targets", "texts"},
     {"targets_down"},
     {"checkpoint"},
-    {"grow", "load"},
+    {"grow", "load", "logits"},
     {"output", "sampler"},
     {"resizing", "shrink", "generation", "chat"},
     {"verify", "report"},

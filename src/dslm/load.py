@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,25 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}",
             "copy its files again from the original model",
         ) from error
+
+
+def check_token_ids(name: str, vocab: int, ids: Iterable[int]) -> None:
+    """Refuse tokens that a model does not have.
+
+    Args:
+        name: of the model.
+        vocab: rows of its table.
+        ids: what its tokenizer gave.
+
+    Raises:
+        CheckpointError: one is not in the table.
+    """
+    highest = max(ids, default=0)
+    if highest >= vocab:
+        raise CheckpointError(
+            f"the tokenizer of {name} gives token {highest}, and the model has {vocab}",
+            "tokenizer and model do not belong together",
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -154,6 +154,18 @@ def _write_record(
     writer.add_text("dslm.json", json.dumps(record, indent=2) + "\n")
 
 
+def recorded(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What ``dslm.json`` says about a checkpoint; empty where there is none that can be read."""
+    path = None if checkpoint.folder is None else checkpoint.folder / "dslm.json"
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def headers_hash(source: Checkpoint) -> str:
     """Fingerprint of what the source holds and where, without reading its weights."""
     listing = [(e.name, e.dtype, e.shape, e.start, e.stop) for e in source.entries.values()]

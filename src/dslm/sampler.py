@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dslm.errors import DslmError
-from dslm.load import load_model, load_tokenizer
+from dslm.load import check_token_ids, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +70,7 @@ class Loaded:
     @property
     def context(self) -> int | None:
         """How many tokens the model can see at once; None if its config does not say."""
-        family = self.checkpoint.family
-        key = family.size_keys.get("positions", "max_position_embeddings")
-        length = family.resolve(self.checkpoint.config).get(key)
-        return length if isinstance(length, int) else None
+        return self.checkpoint.context
 
     def text_ids(self, text: str) -> list[int]:
         """The tokens of a text, with the start token where the tokenizer gives one.
@@ -92,14 +89,9 @@ class Loaded:
         """The same tokens, if the model knows all of them.
 
         Raises:
-            DslmError: the tokenizer belongs to another model.
+            CheckpointError: the tokenizer belongs to another model.
         """
-        vocab = self.checkpoint.sizes.vocab_size
-        if max(ids) >= vocab:
-            raise DslmError(
-                f"the tokenizer of {self.checkpoint.name} gives token {max(ids)}, and the model has {vocab}",
-                "tokenizer and model do not belong together",
-            )
+        check_token_ids(self.checkpoint.name, self.checkpoint.sizes.vocab_size, ids)
         return ids
 
 

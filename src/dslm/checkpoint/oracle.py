@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +38,29 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+
+
+def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The parameters of a loaded model by the names that their tensors have on disk.
+
+    Args:
+        model: a transformers model.
+        names: on disk.
+
+    Raises:
+        CheckpointError: one is not a parameter of the model, but made of several or a part of one.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # Values pass through by identity where loading only renamed them, which holds for every family we know.
+    held = {id(parameter) for parameter in model.parameters()}
+    on_disk = revert_weight_conversion(model, dict(model.named_parameters()))
+    found = {}
+    for name in names:
+        found[name] = on_disk.get(name)
+        if id(found[name]) not in held:
+            raise CheckpointError(f"transformers does not hold {name!r} as one parameter")
+    return found
 
 
 def check_against_oracle(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -46,6 +46,13 @@ class Checkpoint:
         return Sizes.from_config(self.family, self.config)
 
     @property
+    def context(self) -> int | None:
+        """How many tokens the model can see at once; None if its config does not say."""
+        key = self.family.size_keys.get("positions", "max_position_embeddings")
+        length = self.family.resolve(self.config).get(key)
+        return length if isinstance(length, int) else None
+
+    @property
     def dtype(self) -> str:
         """The dtype that most of its parameters have, as a safetensors code."""
         counts: Counter[str] = Counter()

@@ -52,7 +52,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     family, config, sizes = checkpoint.family, checkpoint.config, checkpoint.sizes
     counts = count_parameters(family, config)
     files = {entry.file for entry in checkpoint.entries.values() if entry.file is not None}
-    context = family.resolve(config).get(family.size_keys.get("positions", "max_position_embeddings"))
+    context = checkpoint.context
     return {
         "name": checkpoint.name,
         "folder": str(checkpoint.folder) if checkpoint.folder else None,

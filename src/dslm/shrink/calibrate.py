@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import CheckpointError, RecipeError
-from dslm.load import has_tokenizer, load_model, load_tokenizer
+from dslm.load import check_token_ids, has_tokenizer, load_model, load_tokenizer
 from dslm.progress import Progress
 from dslm.texts import CHARACTERS, file_documents, read_documents
 
@@ -139,12 +139,7 @@ class _Reader:
             if cut >= len(document) or len(found) > limit:
                 break
             cut *= 4
-        highest = max([*self.start, *self.joint, *found], default=0)
-        if highest >= self.vocab:
-            raise CheckpointError(
-                f"the tokenizer of {self.name} gives token {highest}, and the model has {self.vocab}",
-                "tokenizer and model do not belong together",
-            )
+        check_token_ids(self.name, self.vocab, [*self.start, *self.joint, *found])
         return found
 
     def pack(self, documents: Iterator[str], count: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dslm.checkpoint.oracle import stored_parameters
 from dslm.errors import CheckpointError, DslmError, VerificationError
 from dslm.families import Tensor as TableTensor
 from dslm.load import pick_device
@@ -231,20 +232,13 @@ def mean_loss(
 
 
 def _places(model: Any, weights: Weights) -> dict[str, Place]:
-    from transformers.core_model_loading import revert_weight_conversion
-
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((module, attribute))
-    on_disk = revert_weight_conversion(model, dict(model.named_parameters()))
-    places = {}
-    for name, line in weights.family.layout(weights.config).items():
-        parameter = on_disk.get(name)
-        if parameter is None or id(parameter) not in owners:
-            raise CheckpointError(f"transformers does not hold {name!r} as one parameter")
-        places[name] = Place(line, tuple(owners[id(parameter)]))
-    return places
+    layout = weights.family.layout(weights.config)
+    parameters = stored_parameters(model, layout)
+    return {name: Place(line, tuple(owners[id(parameters[name])])) for name, line in layout.items()}
 
 
 def _blocks(model: Any, weights: Weights) -> nn.ModuleList:

@@ -10,7 +10,6 @@ before learns at `NEW` times the rate.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from dslm.families import Tensor
 from dslm.families.axes import Role
 from dslm.grow.axis_map import AxisMap
 from dslm.grow.maps import Growth, build_growth
+from dslm.output import recorded
 from dslm.plan import Plan
 
 NEW = 1.3
@@ -40,18 +40,6 @@ class Scale:
     rate: float = 1.0
     epsilon: float = 1.0
     decay: float = 1.0
-
-
-def recorded(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What ``dslm.json`` says about a checkpoint; empty where there is none that can be read."""
-    path = None if checkpoint.folder is None else checkpoint.folder / "dslm.json"
-    if path is None or not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def recorded_growth(checkpoint: Checkpoint) -> Growth:

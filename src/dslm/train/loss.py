@@ -22,6 +22,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from dslm.logits import head_logits
+
 IGNORED = -100
 """Label of a token that is not to be predicted, as everywhere in transformers."""
 PIECE = 2**24
@@ -148,15 +150,6 @@ def _pieces(
         nothing = states_ND.sum()
         return nothing[None][:0], nothing
     return torch.cat([nats_C for nats_C, _ in found]), torch.stack([kl for _, kl in found]).sum()
-
-
-def head_logits(model: Any, states_ND: Tensor) -> Tensor:
-    """Logits ``[N, V]`` of the states that the head reads, in float32 at least."""
-    logits_NV: Tensor = model.get_output_embeddings()(states_ND)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if cap:
-        logits_NV = cap * torch.tanh(logits_NV / cap)
-    return logits_NV if logits_NV.dtype is torch.float64 else logits_NV.float()
 
 
 def divergence(goal_NV: Tensor, logits_NV: Tensor, temperature: float) -> Tensor:

@@ -18,7 +18,7 @@ from dslm.checkpoint.writer import check_output
 from dslm.errors import DslmError, RecipeError
 from dslm.families import Tensor
 from dslm.grow.maps import Growth
-from dslm.load import load_model, load_tokenizer, silence_transformers
+from dslm.load import check_token_ids, load_model, load_tokenizer, silence_transformers
 from dslm.progress import Progress
 from dslm.texts import CHARACTERS, read_rows
 from dslm.train.adapters import add_adapters, load_four_bit, merge_adapter, need
@@ -161,7 +161,7 @@ def _prepare(
     apart = separates(model)
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     filler = next(i for i in ids if i is not None)
-    length = min(asked.block_size, _context(checkpoint))
+    length = min(asked.block_size, checkpoint.context or asked.block_size)
     blocks, held_out = read_blocks(documents, length, filler=filler, apart=apart, what=what)
     learn = None
     if teacher is not None:
@@ -185,7 +185,9 @@ def _documents(
 
     def tokens(source: str) -> tuple[list[Document], str]:
         rows, origin = read_rows(source, characters, progress)
-        return read_tokens(tokenizer, rows, checkpoint.name, progress), origin
+        found = read_tokens(tokenizer, rows, checkpoint.name, progress)
+        check_token_ids(checkpoint.name, checkpoint.sizes.vocab_size, (int(one.ids.max()) for one in found))
+        return found, origin
 
     read = [tokens(source) for source in asked.data]
     documents, what = [one for found, _ in read for one in found], ", ".join(origin for _, origin in read)
@@ -217,12 +219,6 @@ def _follow_growth(
     if asked.freeze_old:  # decay needs no gradient: it would wear down what is frozen
         scales = {name: replace(scale, decay=0.0) for name, scale in scales.items()}
     return scales
-
-
-def _context(checkpoint: Checkpoint) -> int:
-    key = checkpoint.family.size_keys.get("positions", "max_position_embeddings")
-    context = checkpoint.family.resolve(checkpoint.config).get(key)
-    return context if isinstance(context, int) else 2**31
 
 
 def _run(trainer: Any, watch: Any, point: Path | None) -> tuple[float, float]:

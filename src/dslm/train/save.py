@@ -14,14 +14,14 @@ import yaml
 
 from dslm.checkpoint.card import front_matter, short_figure
 from dslm.checkpoint.config import card_metadata, config_text, files_to_copy
+from dslm.checkpoint.oracle import stored_parameters
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned, Writer
 from dslm.errors import CheckpointError
 from dslm.families import Tensor
-from dslm.output import headers_hash, planned
+from dslm.output import headers_hash, planned, recorded
 from dslm.progress import Progress
 from dslm.sizes import count_parameters
-from dslm.train.growth import recorded
 
 
 def table_lines(model: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -30,17 +30,10 @@ def table_lines(model: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the table and the transformers class do not agree.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    on_disk = revert_weight_conversion(model, dict(model.named_parameters()))
-    found = {}
-    for name, line in checkpoint.family.layout(checkpoint.config).items():
-        parameter = on_disk.get(name)
-        if parameter is None or id(parameter) not in names:
-            raise CheckpointError(f"transformers does not hold {name!r} as one parameter")
-        found[names[id(parameter)]] = line
-    return found
+    layout = checkpoint.family.layout(checkpoint.config)
+    parameters = stored_parameters(model, layout)
+    return {names[id(parameters[name])]: line for name, line in layout.items()}
 
 
 def save_plain(
@@ -144,9 +137,8 @@ def _card(name: str, checkpoint: Checkpoint, run: Mapping[str, Any], *, picture:
     )
     text = (resources.files("dslm.checkpoint") / "trained.md.jinja").read_text(encoding="utf-8")
     card = checkpoint.folder / "README.md"
-    resized = (
-        "plan" in recorded(checkpoint) and card.is_file()
-    )  # what its card says about the resize stays true
+    # What the card of a resized model says about the resize stays true.
+    resized = "plan" in recorded(checkpoint) and card.is_file()
     front = front_matter(run["base"], card_metadata(checkpoint.folder), ["dslm", "trained"])
     section = template.from_string(text).render(
         name=name,

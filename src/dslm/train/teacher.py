@@ -9,9 +9,8 @@ from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.source import open_checkpoint
 from dslm.errors import DslmError, RecipeError
 from dslm.load import load_tokenizer
-from dslm.output import headers_hash
+from dslm.output import headers_hash, recorded
 from dslm.progress import Progress
-from dslm.train.growth import recorded
 
 SOURCE = "source"
 """Names the model that the student was resized from."""

@@ -5,8 +5,7 @@ Shapes: T tokens of a window, N positions of one piece of it, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import exp, inf, isfinite, log
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import VerificationError
 from dslm.load import load_model
+from dslm.logits import head_logits
 from dslm.progress import Progress
 from dslm.verify.measured import Measured, apart, ratio
 from dslm.verify.reading import Window, read_documents, reader_of, window_length
@@ -236,9 +236,6 @@ def _nats(model: Any, window: Window) -> float:
 def logits_of(model: Any, ids_T: Tensor, first: int, *, piece: int = _PIECE) -> Iterator[tuple[int, Tensor]]:
     """Logits of a window but for its last position, a few positions at a time, so that memory stays small.
 
-    The body of the model runs once; what it gave is replayed to the model, whose own end (softcaps included) makes
-    logits of the positions asked for.
-
     Args:
         model: a stock transformers model.
         ids_T: the window, ``[T]`` int64, on the model's device.
@@ -249,22 +246,9 @@ def logits_of(model: Any, ids_T: Tensor, first: int, *, piece: int = _PIECE) -> 
         The first position of a piece and its logits ``[N, V]``.
     """
     rows = max(1, piece // model.config.vocab_size)
-    body = model.get_decoder()
-    states = body(input_ids=ids_T[None], use_cache=False)
-    for start in range(first, len(ids_T) - 1, rows):
-        wanted_N = torch.arange(start, min(start + rows, len(ids_T) - 1), device=ids_T.device)
-        with _replaying(body, lambda *args, **kwargs: states):
-            logits: Tensor = model(input_ids=ids_T[None], use_cache=False, logits_to_keep=wanted_N).logits
-        yield start, logits[0]
-
-
-@contextmanager
-def _replaying(body: Any, stub: Callable[..., Any]) -> Iterator[None]:
-    body.forward = stub
-    try:
-        yield
-    finally:
-        del body.forward
+    states_TD = model.base_model(input_ids=ids_T[None], use_cache=False).last_hidden_state[0, :-1]
+    for start in range(first, len(states_TD), rows):
+        yield start, head_logits(model, states_TD[start : start + rows])
 
 
 def _exponential(figure: Measured) -> Measured:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dslm.checkpoint.reader import Checkpoint
-from dslm.errors import CheckpointError, RecipeError
-from dslm.load import load_tokenizer
+from dslm.errors import RecipeError
+from dslm.load import check_token_ids, load_tokenizer
 from dslm.texts import ROWS, file_documents
 from dslm.verify.text import PASSAGE
 
@@ -81,12 +81,7 @@ class Reader:
             RecipeError: fewer than two tokens can be predicted.
         """
         found = [window for document in documents for window in self._cut(document, length)]
-        highest = max((max(window.ids) for window in found), default=0)
-        if highest >= self.vocab:
-            raise CheckpointError(
-                f"the tokenizer of {self.name} gives token {highest}, and the model has {self.vocab}",
-                "tokenizer and model do not belong together",
-            )
+        check_token_ids(self.name, self.vocab, (max(window.ids) for window in found))
         if sum(window.tokens for window in found) < 2:
             raise RecipeError(
                 f"to {self.name} the text has fewer than two tokens to predict", "give a longer text"
@@ -148,12 +143,8 @@ def window_length(checkpoints: list[Checkpoint], wanted: int) -> int:
     Raises:
         RecipeError: that is too short.
     """
-    contexts = []
-    for checkpoint in checkpoints:
-        family = checkpoint.family
-        key = family.size_keys.get("positions", "max_position_embeddings")
-        contexts.append(family.resolve(checkpoint.config).get(key))
-    length = min([wanted, *(context for context in contexts if isinstance(context, int))])
+    contexts = [checkpoint.context for checkpoint in checkpoints]
+    length = min([wanted, *(context for context in contexts if context is not None)])
     if length < SHORTEST:
         raise RecipeError(f"windows of {length} tokens are too short", f"at least {SHORTEST}")
     return length

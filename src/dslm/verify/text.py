@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import VerificationError
-from dslm.load import has_tokenizer, load_tokenizer
+from dslm.load import check_token_ids, has_tokenizer, load_tokenizer
 
 WINDOW = 512
 RANDOM_TOKENS = 512
@@ -66,6 +66,7 @@ def token_windows(checkpoints: list[Checkpoint], text: str | None) -> tuple[list
 
     Raises:
         VerificationError: the models do not share vocabulary or tokenizer, or the text is too short.
+        CheckpointError: a tokenizer gives tokens that the models do not have.
     """
     first, vocab = checkpoints[0], checkpoints[0].sizes.vocab_size
     for other in checkpoints[1:]:
@@ -106,11 +107,7 @@ def _encode(checkpoints: list[Checkpoint], text: str, vocab: int) -> tuple[list[
                 f"the tokenizers of {first.name} and {other.name} read the same text differently",
                 "only models with the same tokenizer can be compared token by token",
             )
-    if ids and max(ids) >= vocab:
-        raise VerificationError(
-            f"the tokenizer of {first.name} gives token {max(ids)}, and the model has {vocab}",
-            "tokenizer and model do not belong together",
-        )
+    check_token_ids(first.name, vocab, ids)
     start = [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id else []
     body = ids[len(start) :]
     if len(body) < 2:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dslm.checkpoint.oracle import stored_parameters
 from dslm.checkpoint.reader import Checkpoint
-from dslm.errors import CheckpointError
 from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Axis
 from dslm.families.units import unit_parts
@@ -36,19 +36,9 @@ def parts_of(model: Any, checkpoint: Checkpoint) -> list[Part]:
     Raises:
         CheckpointError: a tensor of the table is not a parameter of the model.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    # Values pass through by identity where loading only renamed them, which holds for every family we know.
-    on_disk = revert_weight_conversion(model, dict(model.named_parameters()))
-    parts = []
-    for name, line in checkpoint.family.layout(checkpoint.config).items():
-        parameter = on_disk.get(name)
-        if not isinstance(parameter, torch.nn.Parameter):
-            raise CheckpointError(
-                f"transformers does not hold {name!r} of {checkpoint.name} as one parameter"
-            )
-        parts.append(Part(line=line, parameter=parameter))
-    return parts
+    layout = checkpoint.family.layout(checkpoint.config)
+    parameters = stored_parameters(model, layout)
+    return [Part(line=line, parameter=parameters[name]) for name, line in layout.items()]
 
 
 def unit_positions(axis: Axis, dimension: str, sizes: Mapping[str, int]) -> Tensor | None:

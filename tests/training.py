@@ -6,6 +6,8 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
 QUICK = ("--block-size", 16, "--batch-size", 2, "--lr", 1e-2, "--max-steps", 20, "--device", "cpu")
 
 
@@ -19,6 +21,12 @@ def counting(folder: Path, *, documents: int = 120) -> Path:
     path = folder / "counting.jsonl"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """What `counting` writes."""
+    return counting(tmp_path_factory.mktemp("data"))
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +21,38 @@ from dslm.cli.common import (
 )
 from dslm.cli.sizes import recorded_name
 from dslm.report.tables import columns_table, short_count
+from dslm.targets import parse_count
+from dslm.train.settings import (
+    LEARNING_RATES,
+    PRECISIONS,
+    RECIPES,
+    RUNS_ON,
+    SCHEDULES,
+    Training,
+    check_training,
+)
 
 if TYPE_CHECKING:
     from dslm.train.record import Trained
     from dslm.train.watch import Evaluation
 
-_GROUPS: list[Any] = [
+_RATES = f"{LEARNING_RATES['full']:g}; adapters {LEARNING_RATES['lora']:g}"
+_DEFAULTS = Training(data=())
+
+
+def _setting(name: str, help_text: str, **options: Any) -> Callable[[Any], Any]:
+    """An option for a setting of `Training`, whose default and kind are that setting's."""
+    default = getattr(_DEFAULTS, name)
+    if default is False:
+        options["is_flag"] = True
+    elif default is not None:
+        options |= {"default": default, "show_default": True} | (
+            {} if "type" in options else {"type": type(default)}
+        )
+    return click.option(f"--{name.replace('_', '-')}", help=help_text, **options)
+
+
+_OPTIONS: list[Callable[[Any], Any]] = [
     click.option(
         "-o",
         "--output",
@@ -40,114 +68,49 @@ _GROUPS: list[Any] = [
         metavar="DATA",
         help="Text file, JSON lines (text or messages), folder, or hub data set; may be given several times.",
     ),
-    click.option(
-        "--eval-data", metavar="DATA", help="Evaluate on this.  [default: a share held out of --data]"
-    ),
-    click.option("--held-out", type=float, default=0.05, show_default=True, help="That share."),
+    _setting("eval_data", "Evaluate on this.  [default: a share held out of --data]", metavar="DATA"),
+    _setting("held_out", "That share."),
     click.option("--full", "mode", flag_value="full", default=True, help="Train all weights (the default)."),
     click.option("--lora", "mode", flag_value="lora", help="Train low-rank adapters."),
     click.option("--qlora", "mode", flag_value="qlora", help="Train adapters on weights in 4 bits (NF4)."),
-    click.option(
-        "--merge", is_flag=True, help="Merge the adapters into the model: the output is a plain checkpoint."
+    _setting("merge", "Merge the adapters into the model: the output is a plain checkpoint."),
+    _setting("epochs", "Passes over the data."),
+    _setting("tokens", "Train on so many tokens instead: 5M.", metavar="COUNT"),
+    _setting("max_steps", "Train so many optimiser steps instead.", type=int),
+    _setting("block_size", "Tokens in a block."),
+    _setting("batch_size", "Blocks in a step of one device."),
+    _setting("gradient_accumulation", "Batches in an optimiser step."),
+    click.option("--learning-rate", "--lr", type=float, help=f"Of AdamW.  [default: {_RATES}]"),
+    _setting("schedule", "How the rate falls after the warm-up.", type=click.Choice(SCHEDULES)),
+    _setting("warmup", "Share of the steps in which it rises."),
+    _setting("weight_decay", "Of matrices, decoupled."),
+    _setting("max_grad_norm", "Longer gradients are cut; 0: none."),
+    _setting("recipe", "growth: rates by how dslm up grew the model.", type=click.Choice(RECIPES)),
+    _setting("freeze_old", "Train only what dslm up added."),
+    _setting("teacher", "Learn from this model too; source: the one that dslm resized.", metavar="MODEL"),
+    _setting("temperature", "Of the distillation."),
+    _setting("kl_weight", "Share of the distillation in the loss."),
+    _setting("lora_r", "Rank of the adapters."),
+    _setting("lora_alpha", "Their scale times the rank."),
+    _setting("lora_dropout", "On what they read."),
+    _setting("lora_target", "Modules, with commas.", metavar="NAMES"),
+    _setting("gradient_checkpointing", "Less memory, more time."),
+    _setting(
+        "precision", "Numbers to compute with; weights are kept in float32.", type=click.Choice(PRECISIONS)
     ),
-    click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data."),
-    click.option("--tokens", metavar="COUNT", help="Train on so many tokens instead: 5M."),
-    click.option("--max-steps", type=int, help="Train so many optimiser steps instead."),
-    click.option("--block-size", type=int, default=512, show_default=True, help="Tokens in a block."),
-    click.option(
-        "--batch-size", type=int, default=4, show_default=True, help="Blocks in a step of one device."
+    _setting("eval_every", "Evaluate so often.  [default: ten times in all]", type=int, metavar="STEPS"),
+    _setting(
+        "save_every", "Keep a checkpoint so often.  [default: as --eval-every]", type=int, metavar="STEPS"
     ),
-    click.option(
-        "--gradient-accumulation",
-        type=int,
-        default=1,
-        show_default=True,
-        help="Batches in an optimiser step.",
-    ),
-    click.option("--learning-rate", "--lr", type=float, help="Of AdamW.  [default: 1e-4; adapters 2e-4]"),
-    click.option(
-        "--schedule",
-        type=click.Choice(["cosine", "linear", "constant"]),
-        default="cosine",
-        show_default=True,
-        help="How the rate falls after the warm-up.",
-    ),
-    click.option(
-        "--warmup", type=float, default=0.05, show_default=True, help="Share of the steps in which it rises."
-    ),
-    click.option(
-        "--weight-decay", type=float, default=0.01, show_default=True, help="Of matrices, decoupled."
-    ),
-    click.option(
-        "--max-grad-norm",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="Longer gradients are cut; 0: none.",
-    ),
-    click.option(
-        "--recipe",
-        type=click.Choice(["plain", "growth"]),
-        default="plain",
-        show_default=True,
-        help="growth: rates by how dslm up grew the model.",
-    ),
-    click.option("--freeze-old", is_flag=True, help="Train only what dslm up added."),
-    click.option(
-        "--teacher", metavar="MODEL", help="Learn from this model too; source: the one that dslm resized."
-    ),
-    click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the distillation."),
-    click.option(
-        "--kl-weight",
-        type=float,
-        default=0.9,
-        show_default=True,
-        help="Share of the distillation in the loss.",
-    ),
-    click.option("--lora-r", type=int, default=16, show_default=True, help="Rank of the adapters."),
-    click.option(
-        "--lora-alpha", type=float, default=32.0, show_default=True, help="Their scale times the rank."
-    ),
-    click.option("--lora-dropout", type=float, default=0.0, show_default=True, help="On what they read."),
-    click.option(
-        "--lora-target",
-        default="all-linear",
-        show_default=True,
-        metavar="NAMES",
-        help="Modules, with commas.",
-    ),
-    click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time."),
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", "float32", "bfloat16"]),
-        default="auto",
-        show_default=True,
-        help="Numbers to compute with; weights are kept in float32.",
-    ),
-    click.option(
-        "--eval-every", type=int, metavar="STEPS", help="Evaluate so often.  [default: ten times in all]"
-    ),
-    click.option(
-        "--save-every",
-        type=int,
-        metavar="STEPS",
-        help="Keep a checkpoint so often.  [default: as --eval-every]",
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness."),
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu"]),
-        default="auto",
-        show_default=True,
-        help="Where to run.",
-    ),
+    _setting("seed", "Of all randomness."),
+    _setting("device", "Where to run.", type=click.Choice(RUNS_ON)),
     click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
     click.option("--overwrite", is_flag=True, help="Replace an existing OUT, and drop an unfinished run."),
 ]
 
 
 def _options(function: Any) -> Any:
-    for option in reversed(_GROUPS):
+    for option in reversed(_OPTIONS):
         function = option(function)
     return function
 
@@ -164,10 +127,8 @@ def command(
     The output has the model's architecture and dtype. An interrupted run goes on with --resume. Several processes:
     torchrun --nproc-per-node N -m dslm.cli.main train ...
     """
-    from dslm.targets import parse_count
     from dslm.train.run import train_checkpoint
     from dslm.train.runs import run_folder
-    from dslm.train.settings import Training, check_training
 
     if options["tokens"] is not None:
         options["tokens"] = parse_count(options["tokens"])
@@ -196,8 +157,6 @@ def command(
 
 def _rank() -> int:
     """Which of several processes this is; torchrun says so."""
-    import os
-
     return int(os.environ.get("RANK", "0"))
 
 

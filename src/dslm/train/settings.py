@@ -12,6 +12,7 @@ MODES = ("full", "lora", "qlora")
 SCHEDULES = ("cosine", "linear", "constant")
 RECIPES = ("plain", "growth")
 PRECISIONS = ("auto", "float32", "bfloat16")
+RUNS_ON = ("auto", "cpu")
 LEARNING_RATES = {"full": 1e-4, "lora": 2e-4, "qlora": 2e-4}
 """Where none is given. Full training: a careful rate, not yet tuned. Adapters: what QLoRA used for 7B and 13B models
 (arXiv 2305.14314)."""
@@ -120,7 +121,7 @@ def check_training(asked: Training) -> None:
         ("schedule", SCHEDULES),
         ("recipe", RECIPES),
         ("precision", PRECISIONS),
-        ("device", ("auto", "cpu")),
+        ("device", RUNS_ON),
     ):
         if getattr(asked, name) not in known:
             raise RecipeError(f"unknown {name} {getattr(asked, name)!r}", f"known are {', '.join(known)}")

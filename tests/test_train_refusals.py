@@ -1,0 +1,121 @@
+"""What ``dslm train`` refuses, in one line, with nothing written or lost."""
+
+import sys
+
+import pytest
+
+import calling
+import pico
+import training
+from calling import one_line
+from tokenizing import add_tokenizer
+from training import QUICK
+
+model, call, data = calling.model, calling.call, training.data  # fixtures
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+def test_a_model_that_is_too_narrow_for_four_bits_is_refused(call, model, data, tmp_path):
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK, "--qlora")
+    assert code == 1
+    assert "bitsandbytes cannot run here" in one_line(err)
+    assert "train with --lora instead" in err
+
+
+REFUSED = {
+    "no data": (["--data", "/no/such.txt"], "there is no file /no/such.txt"),
+    "two ends": (["--tokens", "1k"], "tokens and steps were both given"),
+    "merge": (["--merge"], "nothing to merge in full training"),
+    "freeze": (["--lora", "--freeze-old"], "--freeze-old is for full training"),
+    "growth": (["--recipe", "growth"], "has no record of how it was grown"),
+    "source": (["--teacher", "source"], "has no record of what it was resized from"),
+    "block": (["--block-size", 1], "block_size is 1; it is at least 2"),
+    "rate": (["--lr", 0], "learning_rate is 0.0; it is above 0"),
+    "held out": (["--held-out", 0], "nothing is held out for evaluation"),
+    "kl": (["--kl-weight", 2], "kl_weight is 2.0; it is from 0 to 1"),
+    "modules": (
+        ["--lora", "--lora-target", "nothing"],
+        "no modules called nothing; take all-linear, or of down_proj",
+    ),
+    "resume": (["--resume"], "there is no unfinished run in"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_in_one_line(case, call, model, data, tmp_path):
+    options, said = REFUSED[case]
+    code, out, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK, *options)
+    assert (code, out) == (1, "")
+    assert said in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_line_is_named(call, model, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "w3"}\n{"text": \n')
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", tmp_path / "d.jsonl", *QUICK)
+    assert code == 1
+    assert "line 2 of" in one_line(err)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(call, data, tmp_path):
+    other = pico.save(pico.make_model("llama", "mha"), tmp_path / "other")
+    add_tokenizer(other, words=200)
+    (tmp_path / "d.txt").write_text("w3 w150 w4")
+    code, _, err = call("train", other, "-o", tmp_path / "out", "--data", tmp_path / "d.txt", *QUICK)
+    assert code == 1
+    assert "the tokenizer of other gives token 150, and the model has 96" in one_line(err)
+
+
+def test_a_short_text_is_refused(call, model, tmp_path):
+    (tmp_path / "d.txt").write_text("w3 w4")
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", tmp_path / "d.txt", *QUICK)
+    assert code == 1
+    assert "fewer than a block of 16" in one_line(err)
+
+
+def test_an_existing_output_is_refused_before_anything_is_read(call, model, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", "/no/such.txt", *QUICK)
+    assert code == 1
+    assert "exists and is not empty" in one_line(err)
+
+
+def test_a_folder_in_the_place_of_the_run_is_not_deleted(call, model, tmp_path):
+    mine = tmp_path / "out.run" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    code, _, err = call(
+        "train", model, "-o", tmp_path / "out", "--data", "/no/such.txt", *QUICK, "--overwrite"
+    )
+    assert code == 1
+    assert "out.run is not a run of dslm train" in one_line(err)
+    assert mine.read_text() == "mine"
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(call, model, data, tmp_path):
+    other = pico.save(pico.make_model("llama", "mha"), tmp_path / "other")
+    add_tokenizer(other, words=50)
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK, "--teacher", other)
+    assert code == 1
+    assert "the tokenizers of tiny and its teacher other differ" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "line"),
+    [
+        ("accelerate", [], "pip install 'dslm[train]'"),
+        ("peft", ["--lora"], "pip install 'dslm[train]'"),
+        ("bitsandbytes", ["--qlora"], "pip install 'dslm[qlora]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_installs_it(
+    package, options, line, call, model, data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK, *options)
+    assert code == 1
+    assert line in one_line(err)

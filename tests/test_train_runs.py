@@ -1,0 +1,131 @@
+"""Runs of ``dslm train`` that are broken off, and runs of several processes."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import calling
+import training
+from calling import one_line
+from training import QUICK, metrics
+
+model, call, data = calling.model, calling.call, training.data  # fixtures
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+def test_a_run_goes_on_after_kill_9(call, model, data, tmp_path):
+    options = [*QUICK, "--max-steps", 24, "--eval-every", 4]
+    assert call("train", model, "-o", tmp_path / "whole", "--data", data, *options, "-q")[0] == 0
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    arguments = [str(a) for a in ("train", model, "-o", out, "--data", data, *options)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dslm.cli.main", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 120
+    while not (run / "checkpoint-8" / "trainer_state.json").exists() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run.is_dir()
+    assert not out.exists(), "it was too fast to be killed"
+    code, _, err = call("train", model, "-o", out, "--data", data, *options)
+    assert (code, "an unfinished run is in" in one_line(err)) == (1, True)
+    code, _, err = call("train", model, "-o", out, "--data", data, *options, "--lr", 2e-2, "--resume")
+    assert code == 1
+    assert "was asked for otherwise: learning_rate was 0.01 and is 0.02" in one_line(err)
+    code, _, err = call("train", model, "-o", out, "--data", data, *options, "--resume")
+    assert code == 0, err
+    assert metrics(out) == metrics(tmp_path / "whole")
+    ours, theirs = (load_file(place / "model.safetensors") for place in (out, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_learn_as_one(call, model, data, tmp_path):
+    options = [*QUICK[:2], *QUICK[4:], "--max-steps", 8, "--eval-every", 4, "-q"]
+    whole = tmp_path / "one"
+    assert call("train", model, "-o", whole, "--data", data, *options, "--batch-size", 4)[0] == 0
+    arguments = ["train", model, "-o", tmp_path / "two", "--data", data, *options, "--batch-size", 2]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29511",
+    ]
+    done = subprocess.run(
+        [*command, "-m", "dslm.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert done.stdout.count("written to") == 1
+
+
+def test_a_broken_loss_stops_the_run_and_keeps_the_last_checkpoint(call, model, data, tmp_path):
+    out = tmp_path / "out"
+    options = [*QUICK, "--lr", 1e30, "--warmup", 0, "--save-every", 1, "--max-grad-norm", 0, "-q"]
+    code, _, err = call("train", model, "-o", out, "--data", data, *options)
+    assert code == 1
+    assert "the loss is" in one_line(err)
+    assert "lower --learning-rate" in err
+    assert not out.exists()
+    kept = list((tmp_path / "out.run").glob("checkpoint-*/model.safetensors"))
+    assert kept
+    for path in kept:
+        assert all(math.isfinite(tensor.abs().max()) for tensor in load_file(path).values())
+
+
+def test_too_little_memory_says_what_to_lower(call, model, data, tmp_path, monkeypatch):
+    import dslm.train.run
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(dslm.train.run, "_run", full)
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK)
+    assert code == 1
+    assert "the memory is not enough for 2 blocks of 16 tokens at once; checkpoints are kept in" in one_line(
+        err
+    )
+    assert "lower --batch-size or --block-size, or give --gradient-checkpointing" in err
+
+
+def test_ctrl_c_ends_the_step_and_keeps_the_run(call, model, data, tmp_path, monkeypatch):
+    from dslm.train.watch import Watch
+
+    step = Watch.on_step_end
+
+    def pressed(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            self._progress = interrupted
+        step(self, args, state, control, **kwargs)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watch, "on_step_end", pressed)
+    out = tmp_path / "out"
+    code, _, err = call("train", model, "-o", out, "--data", data, *QUICK)
+    assert code == 130
+    assert "out.run; --resume goes on with it" in err
+    assert (tmp_path / "out.run" / "checkpoint-5").is_dir()
+    monkeypatch.undo()
+    assert call("train", model, "-o", out, "--data", data, *QUICK, "--resume", "-q")[0] == 0

@@ -27,7 +27,7 @@ from dslm.sizes import count_parameters
 from dslm.targets import parse_count
 from dslm.train.run import train_checkpoint
 from dslm.train.settings import Training
-from measure import save
+from measure import RESULTS, save
 
 WAYS = {
     "even": {"split": "even"},
@@ -97,6 +97,31 @@ def reached(curve, loss: float) -> float | None:
     return None
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Held-out loss against tokens: from scratch in black, each way of growing in its colour."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    named: set[str] = set()
+    for row in rows:
+        if row["run"] == "small":
+            continue
+        tokens, losses = zip(*row["curve"], strict=True)
+        growth = row.get("recipe") == "growth"
+        label = row["run"] + (", growth rates" if growth else "")
+        colour = "black" if row["run"] == "scratch" else f"C{list(WAYS).index(row['run'])}"
+        shown = {"label": label} if label not in named else {}
+        axes.plot(tokens, losses, "--" if growth else "-", color=colour, linewidth=1.2, **shown)
+        named.add(label)
+    axes.set_ylim(top=3.0)
+    axes.set_xlabel("bytes read after growing")
+    axes.set_ylabel("held-out loss, nats per byte")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -110,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--recipes", nargs="+", default=["plain", "growth"])
-    parser.add_argument("--name", default="growing_pays")
+    parser.add_argument("--name", default="growing_pays", help="of the result and its picture")
     asked = parser.parse_args()
     tokens, small_tokens = parse_count(asked.tokens), parse_count(asked.small_tokens)
     rows = []
@@ -159,6 +184,7 @@ def main() -> None:
                         row["curve"][-1],
                         flush=True,
                     )
+                    draw(rows, RESULTS / f"{asked.name}.png")
                     save(
                         asked.name,
                         {

@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000, help="of distillation")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4], help="learning rates to try")
     parser.add_argument("--kl-weight", type=float, default=0.9)
+    parser.add_argument("--precision", default="auto", help="numbers to train with, as of `dslm train`")
+    parser.add_argument("--work", type=Path, help="folder for the models; those that it holds are used again")
     parser.add_argument("--samples", type=int, default=20, help="calibration windows")
     parser.add_argument("--evaluate", type=int, default=6, help="windows of each text to evaluate on")
     parser.add_argument("--model", default="demo:smollm2-135m")
@@ -64,8 +66,10 @@ def main() -> None:
     }
     dense = perplexities(asked.model, checks)
     rows = []
-    with tempfile.TemporaryDirectory() as place:
-        text = Path(place) / "train.txt"
+    with tempfile.TemporaryDirectory() as temporary:
+        place = asked.work or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
+        text = place / "train.txt"
         text.write_text("".join(whole[first:]), encoding="utf-8")
         for share in asked.keep:
             now = count_parameters(source.family, source.config)["total"]
@@ -75,22 +79,21 @@ def main() -> None:
                     asked.model, source.family, source.config, target,
                     method=method, text=str(text), samples=asked.samples, length=1024,
                 )  # fmt: skip
-                small = Path(place) / f"{method}-{share}"
-                shrunk = shrink_checkpoint(source, plan, small)
-                row = {"keep": share, "method": method, "parameters": shrunk.parameters[1]}
-                row |= {
-                    "cut": perplexities(str(small), checks),
-                    "seconds_to_cut": shrunk.seconds,
-                    "healed": [],
-                }
+                small = place / f"{method}-{share}"
+                if not small.exists():
+                    shrink_checkpoint(source, plan, small)
+                cut_model = open_checkpoint(str(small))
+                total = count_parameters(cut_model.family, cut_model.config)["total"]
+                row = {"keep": share, "method": method, "parameters": total, "sizes": target}
+                row |= {"samples": asked.samples, "cut": perplexities(str(small), checks), "healed": []}
                 for rate in asked.rates:
                     begin = time.perf_counter()
                     training = Training(
                         data=(str(text),), tokens=asked.tokens, learning_rate=rate, teacher=asked.model,
-                        kl_weight=asked.kl_weight, held_out=0.01,
+                        kl_weight=asked.kl_weight, held_out=0.01, precision=asked.precision,
                     )  # fmt: skip
-                    healed = Path(place) / f"{method}-{share}-{rate}"
-                    done = train_checkpoint(open_checkpoint(str(small)), training, healed)
+                    healed = place / f"{method}-{share}-{rate}-{asked.tokens}"
+                    done = train_checkpoint(cut_model, training, healed, overwrite=True)
                     found = {
                         "learning_rate": rate,
                         "tokens": done.tokens,
@@ -99,7 +102,15 @@ def main() -> None:
                     row["healed"].append(found | {"seconds": time.perf_counter() - begin})
                     print(row, flush=True)
                 rows.append(row)
-                save(asked.name, {"dense": dense, "kl_weight": asked.kl_weight, "rows": rows})
+                save(
+                    asked.name,
+                    {
+                        "dense": dense,
+                        "kl_weight": asked.kl_weight,
+                        "precision": asked.precision,
+                        "rows": rows,
+                    },
+                )
 
 
 if __name__ == "__main__":

@@ -81,6 +81,21 @@ def test_description_alone_cannot_be_read(hub):
         checkpoint.read_rows("model.norm.weight", 0, 1)
 
 
+def open_descriptors():
+    return sum(1 for _ in Path("/dev/fd").iterdir())
+
+
+def test_a_forgotten_checkpoint_closes_its_files(tmp_path):
+    before = open_descriptors()
+    for number in range(3):
+        checkpoint = open_checkpoint(str(write_model(tmp_path / f"model{number}", shards=2)))
+        for name in checkpoint.entries:
+            checkpoint.read_rows(name, 0, 1)
+        assert open_descriptors() >= before + 2
+        del checkpoint
+    assert open_descriptors() <= before
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_weights_are_downloaded_once_and_found_offline(hub, shards, monkeypatch):
     folder = write_model(hub.root / "owner" / "name", shards=shards)

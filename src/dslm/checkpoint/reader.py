@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+class _OpenFiles(dict[Path, int]):
+    """File -> its descriptor."""
+
+    def close(self) -> None:
+        while self:
+            os.close(self.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """One model in the Hugging Face layout, opened but not loaded.
@@ -38,7 +49,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     family: Family
     entries: Mapping[str, Entry]
-    _files: dict[Path, int] = field(default_factory=dict, repr=False, compare=False)
+    _files: _OpenFiles = field(default_factory=_OpenFiles, repr=False, compare=False)
 
     @property
     def sizes(self) -> Sizes:
@@ -117,9 +128,8 @@ class Checkpoint:
             view, position = view[count:], position + count
 
     def close(self) -> None:
-        """Close every file that reading has opened."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """Close every file that reading has opened; what is forgotten is closed when nothing refers to it."""
+        self._files.close()
 
 
 def torch_dtype(code: str) -> torch.dtype:

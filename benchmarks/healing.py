@@ -9,12 +9,9 @@ evaluated on. Windows of 1024 tokens without overlap, float32, mean over predict
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
-import time
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_model, load_tokenizer
@@ -24,19 +21,13 @@ from dslm.sizes import count_parameters
 from dslm.targets_down import shrink_candidates
 from dslm.train.run import train_checkpoint
 from dslm.train.settings import Training
+from held_out import articles, cut, perplexities
 from measure import save
-from shrink import articles, cut
 
 
-@torch.no_grad()
-def perplexities(folder: str, checks: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Perplexity of a model on the windows of each text."""
-    model = load_model(open_checkpoint(folder), dtype="float32")
-    found = {}
-    for text, windows in checks.items():
-        losses = [float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in windows]
-        found[text] = math.exp(sum(losses) / len(losses))
-    return found
+def opened(model: str | Path) -> Any:
+    """A model in float32."""
+    return load_model(open_checkpoint(str(model)), dtype="float32")
 
 
 def main() -> None:
@@ -64,7 +55,7 @@ def main() -> None:
         "articles": cut(tokenizer, "".join(whole[:first]), asked.evaluate, seed=1),
         "second": cut(tokenizer, asked.second.read_text(encoding="utf-8"), asked.evaluate, seed=1),
     }
-    dense = perplexities(asked.model, checks)
+    dense = perplexities(opened(asked.model), checks)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         place = asked.work or Path(temporary)
@@ -84,33 +75,25 @@ def main() -> None:
                     shrink_checkpoint(source, plan, small)
                 cut_model = open_checkpoint(str(small))
                 total = count_parameters(cut_model.family, cut_model.config)["total"]
-                row = {"keep": share, "method": method, "parameters": total, "sizes": target}
-                row |= {"samples": asked.samples, "cut": perplexities(str(small), checks), "healed": []}
+                row = {"keep": share, "method": method, "parameters": total, "sizes": target.as_dict()}
+                row |= {"samples": asked.samples, "cut": perplexities(opened(small), checks), "healed": []}
+                rows.append(row)
                 for rate in asked.rates:
-                    begin = time.perf_counter()
                     training = Training(
                         data=(str(text),), tokens=asked.tokens, learning_rate=rate, teacher=asked.model,
                         kl_weight=asked.kl_weight, held_out=0.01, precision=asked.precision,
                     )  # fmt: skip
                     healed = place / f"{method}-{share}-{rate}-{asked.tokens}"
-                    done = train_checkpoint(cut_model, training, healed, overwrite=True)
-                    found = {
-                        "learning_rate": rate,
-                        "tokens": done.tokens,
-                        "perplexity": perplexities(str(healed), checks),
-                    }
-                    row["healed"].append(found | {"seconds": time.perf_counter() - begin})
-                    print(row, flush=True)
-                rows.append(row)
-                save(
-                    asked.name,
-                    {
-                        "dense": dense,
+                    if not healed.exists():
+                        train_checkpoint(cut_model, training, healed)
+                    found = {"learning_rate": rate, "perplexity": perplexities(opened(healed), checks)}
+                    row["healed"].append(found)
+                    settings = {
+                        "tokens": asked.tokens,
                         "kl_weight": asked.kl_weight,
                         "precision": asked.precision,
-                        "rows": rows,
-                    },
-                )
+                    }
+                    save(asked.name, {"dense": dense} | settings | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def save(name: str, result: dict[str, object]) -> None:
     """Write ``results/NAME.json`` with the command that made it."""
     RESULTS.mkdir(exist_ok=True)
     # Where a file lies is of no use to anyone else.
-    arguments = [Path(word).name if Path(word).is_file() else word for word in sys.argv[1:]]
+    arguments = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
     text = json.dumps({"schema": 1, "command": command, "machine": machine(), **result}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")

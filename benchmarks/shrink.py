@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -32,9 +31,9 @@ from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 from dslm.sizes import count_parameters
 from dslm.targets_down import shrink_candidates
+from held_out import articles, cut
 from measure import save
 
-LENGTH = 1024
 RECIPES = {
     "slice": Recipe(solve=False),
     "magnitude": Recipe(solve=False),
@@ -46,20 +45,6 @@ RECIPES = {
     "no_token_weights": Recipe(weigh_tokens=False),
     "no_rotation": Recipe(),
 }
-
-
-def articles(path: Path) -> list[str]:
-    """The articles of a WikiText file."""
-    pieces = re.split(r"(?m)^(?= = [^=\n]+ = \n)", path.read_text(encoding="utf-8"))
-    return [piece for piece in pieces if piece.startswith(" = ")]
-
-
-def cut(tokenizer, text: str, count: int, seed: int) -> torch.Tensor:
-    """So many windows of a text, drawn at random."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[:count]]
 
 
 def target_of(source, share: float, method: str, hidden: int | None, layers: int | None):

@@ -1,10 +1,11 @@
 """Does growing beat starting over? A small byte-level Llama is trained, grown, and trained on.
 
-Run: ``python benchmarks/growing_pays.py [--tokens 4M --small-tokens 4M --seeds 3 --rates 1e-3 2e-3]``. It is compared
-with the same shape from scratch. The text is the source of Python's own standard library, which every machine has. All
-runs use ``dslm.train_checkpoint``, the same data, blocks and schedule; of several ``--rates`` each kind of run takes
-its best. Counted are the tokens after which a grown model's held-out loss is the one with which the scratch model ends,
-and FLOPs (6 per parameter and token), those of the small model included.
+Run: ``python benchmarks/growing_pays.py [--tokens 4M --small-tokens 4M --seeds 3 --rates 1e-3 2e-3]``. It grows about
+four times, to twice the widths or to four times the depth, and is compared with the same shape from scratch. The text
+is the source of Python's own standard library, which every machine has. All runs use ``dslm.train_checkpoint``, the
+same data, blocks and schedule; of several ``--rates`` each kind of run takes its best. Counted are the tokens after
+which a grown model's held-out loss is the one with which the scratch model ends, and FLOPs (6 per parameter and token),
+those of the small model included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sysconfig
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,7 +36,10 @@ WAYS = {
     "uneven": {"split": "uneven"},
     "noise": {"snr_db": 10.0},
     "padding": {"method": "padding"},
+    "depth": {},
 }
+DEEP = ("depth",)
+"""Ways that add blocks; the others widen."""
 
 
 def corpus(place: Path, characters: int) -> Path:
@@ -98,28 +103,72 @@ def reached(curve, loss: float) -> float | None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Held-out loss against tokens: from scratch in black, each way of growing in its colour."""
+    """Held-out loss against tokens, the mean over seeds: from scratch in black or grey, each way in its colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    named: set[str] = set()
+    curves: dict[tuple[str, bool], list] = {}
     for row in rows:
-        if row["run"] == "small":
-            continue
-        tokens, losses = zip(*row["curve"], strict=True)
-        growth = row.get("recipe") == "growth"
-        label = row["run"] + (", growth rates" if growth else "")
-        colour = "black" if row["run"] == "scratch" else f"C{list(WAYS).index(row['run'])}"
-        shown = {"label": label} if label not in named else {}
-        axes.plot(tokens, losses, "--" if growth else "-", color=colour, linewidth=1.2, **shown)
-        named.add(label)
+        if row["run"] != "small":
+            curves.setdefault((row["run"], row.get("recipe") == "growth"), []).append(row["curve"])
+    scratch = {"scratch": "black", "scratch, deep": "grey"}
+    for (run, growth), found in curves.items():
+        tokens = [tokens for tokens, _ in found[0]]
+        losses = [mean(loss for _, loss in points) for points in zip(*found, strict=True)]
+        colour = scratch.get(run) or f"C{list(WAYS).index(run)}"
+        label = run + (", growth rates" if growth else "")
+        axes.plot(tokens, losses, "--" if growth else "-", color=colour, linewidth=1.2, label=label)
     axes.set_ylim(top=3.0)
     axes.set_xlabel("bytes read after growing")
     axes.set_ylabel("held-out loss, nats per byte")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+def compare(asked: argparse.Namespace, place: Path, data: Path, seed: int, before: list[dict]) -> list[dict]:
+    """All runs of one seed; results so far are saved after each."""
+    tokens, small_tokens = parse_count(asked.tokens), parse_count(asked.small_tokens)
+    rows: list[dict] = []
+    shapes = {"scratch": (2 * asked.hidden, asked.layers)}
+    if set(asked.ways) & set(DEEP):
+        shapes["scratch, deep"] = (asked.hidden, 4 * asked.layers)
+    scratch = {}
+    for name, (hidden, layers) in shapes.items():
+        model = fresh(place / name, hidden, layers, seed)
+        curves = {r: learn(model, place / "out", data, tokens, r, seed) for r in asked.rates}
+        rate = min(curves, key=lambda r: curves[r][-1][1])
+        scratch[name] = (open_checkpoint(model), curves[rate])
+        rows.append({"seed": seed, "run": name, "rate": rate, "curve": curves[rate]})
+    small = fresh(place / "small", asked.hidden, asked.layers, seed)
+    learned = learn(small, place / "learned", data, small_tokens, rows[0]["rate"], seed)
+    rows.append({"seed": seed, "run": "small", "rate": rows[0]["rate"], "curve": learned})
+    source = open_checkpoint(str(place / "learned"))
+    for way in asked.ways:
+        large, curve = scratch["scratch, deep" if way in DEEP else "scratch"]
+        target = large.sizes
+        plan = plan_growth("small", source.family, source.config, target, seed=seed, **WAYS[way])
+        resize(source, plan, place / "grown", overwrite=True)
+        flops = [6 * count_parameters(c.family, c.config)["total"] for c in (source, large)]
+        for recipe in asked.recipes:
+            tried = {
+                r: learn(str(place / "grown"), place / "out", data, tokens, r, seed, recipe)
+                for r in asked.rates
+            }
+            best = min(tried, key=lambda r: tried[r][-1][1])
+            when = reached(tried[best], curve[-1][1])
+            row = {"seed": seed, "run": way, "recipe": recipe, "rate": best, "curve": tried[best]}
+            row |= {"flops_per_token": flops, "tokens_to_scratch": when}
+            if when is not None:
+                row["times_fewer_tokens"] = tokens / max(1.0, when)
+                row["times_fewer_flops"] = tokens * flops[1] / (when * flops[1] + small_tokens * flops[0])
+            rows.append(row)
+            shown = {k: v for k, v in row.items() if k != "curve"}
+            print(shown, row["curve"][0], row["curve"][-1], flush=True)
+            draw(before + rows, RESULTS / f"{asked.name}.png")
+            save(asked.name, {"tokens": tokens, "small_tokens": small_tokens, "rows": before + rows})
+    return rows
 
 
 def main() -> None:
@@ -143,57 +192,7 @@ def main() -> None:
         place = Path(folder)
         data = corpus(place, 2 * max(tokens, small_tokens))
         for seed in range(asked.seeds):
-            small = fresh(place / "small", asked.hidden, asked.layers, seed)
-            wide = fresh(place / "wide", 2 * asked.hidden, asked.layers, seed)
-            curves = {r: learn(wide, place / "out", data, tokens, r, seed) for r in asked.rates}
-            rate = min(curves, key=lambda r: curves[r][-1][1])
-            scratch = curves[rate]
-            learned = learn(small, place / "learned", data, small_tokens, rate, seed)
-            source = open_checkpoint(str(place / "learned"))
-            sizes = source.sizes
-            flops = [
-                6 * count_parameters(c.family, c.config)["total"] for c in (source, open_checkpoint(wide))
-            ]
-            rows.append({"seed": seed, "run": "scratch", "rate": rate, "curve": scratch})
-            rows.append({"seed": seed, "run": "small", "rate": rate, "curve": learned})
-            target = sizes.replace(
-                hidden_size=2 * sizes.hidden_size, intermediate_size=2 * sizes.intermediate_size,
-                num_attention_heads=2 * sizes.num_attention_heads, num_key_value_heads=2 * sizes.num_key_value_heads,
-            )  # fmt: skip
-            for way in asked.ways:
-                plan = plan_growth("small", source.family, source.config, target, seed=seed, **WAYS[way])
-                resize(source, plan, place / "grown", overwrite=True)
-                for recipe in asked.recipes:
-                    tried = {
-                        r: learn(str(place / "grown"), place / "out", data, tokens, r, seed, recipe)
-                        for r in asked.rates
-                    }
-                    best = min(tried, key=lambda r: tried[r][-1][1])
-                    when = reached(tried[best], scratch[-1][1])
-                    row = {"seed": seed, "run": way, "recipe": recipe, "rate": best, "curve": tried[best]}
-                    row["tokens_to_scratch"] = when
-                    if when is not None:
-                        row["times_fewer_tokens"] = tokens / max(1.0, when)
-                        row["times_fewer_flops"] = (
-                            tokens * flops[1] / (when * flops[1] + small_tokens * flops[0])
-                        )
-                    rows.append(row)
-                    print(
-                        {k: v for k, v in row.items() if k != "curve"},
-                        row["curve"][0],
-                        row["curve"][-1],
-                        flush=True,
-                    )
-                    draw(rows, RESULTS / f"{asked.name}.png")
-                    save(
-                        asked.name,
-                        {
-                            "tokens": tokens,
-                            "small_tokens": small_tokens,
-                            "flops_per_token": flops,
-                            "rows": rows,
-                        },
-                    )
+            rows += compare(asked, place, data, seed, rows)
 
 
 if __name__ == "__main__":

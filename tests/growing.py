@@ -16,8 +16,9 @@ from dslm.grow.heads import lay_out_heads
 from dslm.plan import plan_growth
 from dslm.resizing import resize
 from dslm.sizes import Sizes, check_legal
+from pico import PICO
 
-DIMENSIONS = ("hidden", "ffn", "heads", "kv_heads", "all")
+DIMENSIONS = ("layers", "hidden", "ffn", "heads", "kv_heads", "all")
 
 
 def grow(source: Path | Checkpoint, out: Path, target: Sizes, **options: Any) -> Path:
@@ -63,7 +64,7 @@ def draw_target(family: Family, config: dict, dimension: str, draw: random.Rando
     """Random legal sizes that grow one dimension, or all of them."""
     source = Sizes.from_config(family, config)
     for _ in range(500):
-        target = _drawn(family, source, dimension, draw)
+        target = _drawn(family, config, source, dimension, draw)
         if any(
             getattr(target, word) < getattr(source, word) for word in ("num_attention_heads", "hidden_size")
         ):
@@ -78,7 +79,7 @@ def draw_target(family: Family, config: dict, dimension: str, draw: random.Rando
     raise AssertionError(f"no legal {dimension} found for {family.name}")
 
 
-def _drawn(family: Family, source: Sizes, dimension: str, draw: random.Random) -> Sizes:
+def _drawn(family: Family, config: dict, source: Sizes, dimension: str, draw: random.Random) -> Sizes:
     changes: dict[str, int] = {}
     heads, kv_heads = source.num_attention_heads, source.num_key_value_heads
     if dimension in ("ffn", "all"):
@@ -92,6 +93,9 @@ def _drawn(family: Family, source: Sizes, dimension: str, draw: random.Random) -
         changes["num_attention_heads"] = changes["num_key_value_heads"] * draw.randint(1, 4)
     if dimension in ("hidden", "all"):
         changes["hidden_size"] = source.hidden_size + draw.randint(1, 2 * source.hidden_size)
+    if dimension in ("layers", "all", "coupled") and family.keeps_stream(config):
+        least = 1 if dimension == "layers" else 0
+        changes["num_hidden_layers"] = source.num_hidden_layers + draw.randint(least, 4)
     if dimension == "coupled":
         group = heads // kv_heads
         more = kv_heads + draw.randint(1, 4)
@@ -103,8 +107,10 @@ def _drawn(family: Family, source: Sizes, dimension: str, draw: random.Random) -
 
 def dimensions_of(family: str, variant: str) -> tuple[str, ...]:
     """What can grow by itself: where head_dim follows from the other two, they grow together."""
-    coupled = load_family(family).head_dim == "derived" or variant in ("qk-layernorm", "longrope")
-    return ("ffn", "coupled") if coupled else DIMENSIONS
+    table = load_family(family)
+    layers = ("layers",) if table.keeps_stream(PICO[family][variant]) else ()
+    coupled = table.head_dim == "derived" or variant in ("qk-layernorm", "longrope")
+    return (*layers, "ffn", "coupled") if coupled else DIMENSIONS
 
 
 def grow_or_nearest(source: Checkpoint, out: Path, target: Sizes, method: str) -> Path:

@@ -9,11 +9,11 @@ import pytest
 
 import pico
 from configs import GEMMA3, PYTHIA, QWEN3, REAL, SMOLLM2, pico_config, sizes_of, total
+from dslm.checkpoint.config import resized_config
 from dslm.checkpoint.oracle import expected_shapes
 from dslm.errors import SizeError
 from dslm.families import family_names, load_family
 from dslm.plan import plan_shrink
-from dslm.shrink.weights import shrunk_config
 from dslm.sizes import Sizes, check_legal, count_parameters
 from dslm.targets_down import (
     divided,
@@ -193,7 +193,7 @@ def test_every_pico_model_has_candidates_that_can_be_planned(name):
             for candidate in found:
                 plan_shrink("m", family, config, candidate.sizes)
                 layers = tuple(range(candidate.sizes.num_hidden_layers))
-                assert expected_shapes(shrunk_config(family, config, candidate.sizes, layers))
+                assert expected_shapes(resized_config(family, config, candidate.sizes, layers))
 
 
 def test_count_and_untie_are_obeyed():

@@ -52,6 +52,7 @@ _GROWTHS = [
     for number, (family, variant) in enumerate(CASES)
     for dimension in dimensions_of(family, variant)
     for method in ("hypercloning", "padding", "net2net")
+    if method == "hypercloning" or dimension != "layers"
     if method != "net2net" or dimension == "ffn"
     if dimension in ("all", "coupled") or family != CASES[number - 1][0]
 ]

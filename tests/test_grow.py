@@ -21,6 +21,7 @@ _GROWTHS = [
     for family, variant in CASES
     for dimension in dimensions_of(family, variant)
     for method in METHOD_NAMES
+    if method == "hypercloning" or dimension != "layers"  # depth has one method
     if method != "net2net" or dimension == "ffn"
 ]
 

@@ -214,9 +214,9 @@ def interleaved_groups(choose_heads):
     return choose
 
 
-def first_of_each_list(shrunk_config):
+def first_of_each_list(resized_config):
     def shrunk(table, config, sizes, layers):
-        return shrunk_config(table, config, sizes, tuple(range(len(layers))))
+        return resized_config(table, config, sizes, tuple(range(len(layers))))
 
     return shrunk
 
@@ -227,7 +227,7 @@ def without_amplitude(choose_channels):
 
 ANY_HEADS = instead(reconstruct, "choose_heads", any_heads)
 INTERLEAVED = instead(reconstruct, "choose_heads", interleaved_groups)
-FIRST_LAYERS = instead(weights, "shrunk_config", first_of_each_list)
+FIRST_LAYERS = instead(weights, "resized_config", first_of_each_list)
 UNSCALED_CHANNELS = instead(encoder, "choose_channels", without_amplitude)
 UNSCALED_DIRECTIONS = instead(
     encoder, "rotation", lambda make: lambda *a: dataclasses.replace(make(*a), amplitude=1.0)

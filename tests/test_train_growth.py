@@ -104,6 +104,23 @@ def test_freezing_trains_only_what_was_added(method, tmp_path):
     assert 0.9 * learning < changed <= learning
 
 
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_all_of_a_new_block_is_new(family, tmp_path):
+    source = open_folder(pico.save(pico.make_model(family, "mha"), tmp_path / "small"))
+    deeper = source.sizes.replace(num_hidden_layers=4)
+    model, checkpoint, lines = loaded(growing.grow(source, tmp_path / "grown", deeper))
+    growth = recorded_growth(checkpoint)
+    layers = {line.layer: growth_scale(line, growth) for line in lines.values()}
+    assert layers == {None: Scale(), 0: Scale(), 1: Scale(rate=NEW), 2: Scale(), 3: Scale()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    named = dict(model.named_parameters())
+    learning = freeze_old([(named[name], line) for name, line in lines.items()], growth)
+    losses(model, {}, steps=3, decay=0.0)
+    moved = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+    assert moved == {name: line.layer == 1 for name, line in lines.items()}
+    assert learning == sum(p.numel() for name, p in named.items() if lines[name].layer == 1)
+
+
 def test_a_model_without_a_record_of_growth_is_refused(tmp_path):
     source = pico.save(pico.make_model("llama", "mha"), tmp_path / "small")
     with pytest.raises(RecipeError, match="small has no record of how it was grown"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dslm.checkpoint.oracle import checking_beside
 from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.writer import Planned, Writer, check_output
 from dslm.families import Tensor
+from dslm.grow.blocks import origins
 from dslm.plan import Plan
 from dslm.progress import Progress
 from dslm.sizes import count_parameters
@@ -33,18 +34,25 @@ def planned(source: Checkpoint, config: Mapping[str, Any], dtype: str | None) ->
         config: the output's config.
         dtype: safetensors code, or None to keep each tensor's.
     """
-    layout = source.family.layout(config)
+    layers = origins(source.sizes.num_hidden_layers, source.family.dimensions(config)["layers"])
     return [
-        Planned(t.name, dtype or source.entries[origin(source, t)].dtype, t.shape) for t in layout.values()
+        Planned(t.name, dtype or source.entries[origin(source, t, layers)].dtype, t.shape)
+        for t in source.family.layout(config).values()
     ]
 
 
-def origin(source: Checkpoint, tensor: Tensor) -> str:
-    """The source tensor that an output tensor has its dtype from: itself, or the table for a head that was tied."""
-    name = tensor.name
+def origin(source: Checkpoint, tensor: Tensor, layers: Sequence[int]) -> str:
+    """The source tensor that an output tensor has its dtype from, and where it grew, what it comes from.
+
+    Args:
+        source: the model that is resized.
+        tensor: of the output.
+        layers: the source block of each block of the output.
+    """
+    name = tensor.name if tensor.layer is None else tensor.in_layer(layers[tensor.layer])
     if name in source.entries:
         return name
-    return source.family.embedding
+    return source.family.embedding  # a head that was tied
 
 
 def check_place(source: Checkpoint, tensors: list[Planned], out: Path, *, overwrite: bool) -> None:

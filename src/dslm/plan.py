@@ -20,7 +20,14 @@ from dslm.sizes import WORDS, Sizes, check_legal, differing
 METHOD_NAMES = ("hypercloning", "net2net", "padding")
 SPLIT_NAMES = ("uneven", "even", "noise")
 DTYPE_CODES = ("F64", "F32", "F16", "BF16")
-GROWN = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+DEPTH_METHOD = "blocks"
+GROWN = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +147,7 @@ def plan_growth(
         family: the family's table.
         config: the source's config.
         target: the sizes to reach.
-        method: ``hypercloning``, ``net2net`` or ``padding``, for every dimension that grows.
+        method: ``hypercloning``, ``net2net`` or ``padding``, for every width that grows; depth has one method.
         split: how copies share what they are read with.
         snr_db: level of the ``noise`` split, in decibels.
         seed: of all randomness, not negative.
@@ -151,12 +158,13 @@ def plan_growth(
         RecipeError: the options do not fit together.
     """
     source = Sizes.from_config(family, config)
+    words = _dimensions_to_grow(source, target)
     plan = Plan(
         model=model,
         family=family.name,
         source=source,
         target=target,
-        methods=dict.fromkeys(_dimensions_to_grow(source, target), method),
+        methods={word: DEPTH_METHOD if word == "num_hidden_layers" else method for word in words},
         split="noise" if snr_db is not None else split,
         snr_db=snr_db,
         seed=seed,
@@ -258,11 +266,17 @@ def _check_growth_plan(plan: Plan, family: Family, config: Config) -> None:
     check_legal(family, config, plan.target)
     _check_same_tensors(plan.target, family, config)
     for word in _dimensions_to_grow(plan.source, plan.target):
-        if plan.methods.get(word) not in METHOD_NAMES:
+        known = (DEPTH_METHOD,) if word == "num_hidden_layers" else METHOD_NAMES
+        if plan.methods.get(word) not in known:
             raise RecipeError(
-                f"unknown method {plan.methods.get(word)!r} for {word}",
-                f"known are {', '.join(METHOD_NAMES)}",
+                f"unknown method {plan.methods.get(word)!r} for {word}", f"known are {', '.join(known)}"
             )
+    if plan.target.num_hidden_layers != plan.source.num_hidden_layers and not family.keeps_stream(config):
+        raise SizeError(
+            f"num_hidden_layers cannot grow: this {family.name} has norms over its stream, and a block that adds "
+            "nothing would still change it",
+            "grow its widths instead",
+        )
     if plan.split not in SPLIT_NAMES:
         raise RecipeError(f"unknown split {plan.split!r}", f"known are {', '.join(SPLIT_NAMES)}")
     if (plan.split == "noise") is not (plan.snr_db is not None):
@@ -285,7 +299,7 @@ def _check_same_tensors(target: Sizes, family: Family, config: Config) -> None:
 
 
 def check_growth(source: Sizes, target: Sizes) -> None:
-    """Refuse a target that is not a growth of width.
+    """Refuse a target that is not a growth.
 
     Raises:
         SizeError: a dimension would shrink, or is one that growing does not change.

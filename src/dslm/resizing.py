@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from dslm.checkpoint.config import with_dtype
+from dslm.checkpoint.config import listed_config, resized_config, with_dtype
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned
 from dslm.errors import RecipeError
 from dslm.families import Tensor
-from dslm.grow import METHODS
+from dslm.grow import METHODS, blocks
 from dslm.grow.apply import grown_rows
+from dslm.grow.blocks import origins
 from dslm.grow.maps import build_growth
 from dslm.grow.split import split_named
 from dslm.output import Check, check_place, origin, planned, write_output
-from dslm.plan import Plan, check_plan
+from dslm.plan import DEPTH_METHOD, Plan, check_plan
 from dslm.progress import Progress
 from dslm.sizes import count_parameters
 
@@ -44,7 +45,11 @@ class Resized:
 
 def target_config(source: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The source's config with the plan's sizes and dtype."""
-    return with_dtype(plan.target.into_config(source.family, source.config), plan.dtype)
+    family, config = source.family, source.config
+    before, after = plan.source.num_hidden_layers, plan.target.num_hidden_layers
+    if before != after:
+        config = listed_config(family, config)
+    return with_dtype(resized_config(family, config, plan.target, origins(before, after)), plan.dtype)
 
 
 def resize(
@@ -80,13 +85,13 @@ def resize(
         )
     check_plan(plan, source.family, source.config)
     config = target_config(source, plan)
+    growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
     tensors = planned(source, config, plan.dtype)
     check_place(source, tensors, out, overwrite=overwrite)
-    growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
     split = split_named(plan.split, plan.snr_db)
 
     def rows(tensor: Tensor, target: Planned) -> Iterator[torch.Tensor]:
-        name = origin(source, tensor)
+        name = origin(source, tensor, growth.layers)
         return grown_rows(
             tensor,
             growth.tensor_map(tensor),
@@ -97,7 +102,7 @@ def resize(
             plan.seed,
         )
 
-    citations = {name: method.source for name, method in METHODS.items()}
+    citations = {name: method.source for name, method in METHODS.items()} | {DEPTH_METHOD: blocks.SOURCE}
     measured = write_output(
         source,
         plan,

@@ -147,22 +147,22 @@ def _has_heads(family: Family, config: Config, source: Sizes, hidden_size: int) 
 
 
 def like(source: Sizes, other: Sizes) -> Sizes:
-    """The source's sizes with the widths and head counts of another model.
+    """The source's sizes with the widths, head counts and depth of another model.
 
     Raises:
         SizeError: the other model differs in something that growing does not change.
     """
-    for word in ("num_hidden_layers", "head_dim"):
-        if getattr(source, word) != getattr(other, word):
-            raise SizeError(
-                f"that model has {word} {getattr(other, word)}, and the source {getattr(source, word)}",
-                "give the widths by name instead",
-            )
+    if source.head_dim != other.head_dim:
+        raise SizeError(
+            f"that model has head_dim {other.head_dim}, and the source {source.head_dim}",
+            "give the sizes by name instead",
+        )
     return source.replace(
         hidden_size=other.hidden_size,
         intermediate_size=other.intermediate_size,
         num_attention_heads=other.num_attention_heads,
         num_key_value_heads=other.num_key_value_heads,
+        num_hidden_layers=other.num_hidden_layers,
     )
 
 

@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from dslm.checkpoint.config import DTYPE_NAMES
-from dslm.plan import Plan
+from dslm.plan import DEPTH_METHOD, Plan
 from dslm.plan_shrink import names_data_set
 from dslm.sizes import differing
 
@@ -29,7 +29,8 @@ def command_of(plan: Plan) -> str:
     for size, (_, after) in differing(plan.source, plan.target).items():
         words.append("--untie" if size == "tied" else f"--{size.replace('_', '-')} {after}")
     usual = "reconstruct" if plan.shrinks else "hypercloning"
-    words.append(f"--method {next(iter(plan.methods.values()), usual)}")
+    chosen = (method for method in plan.methods.values() if method != DEPTH_METHOD)  # that one is not chosen
+    words.append(f"--method {next(chosen, usual)}")
     if plan.calibration is None:
         words.append(f"--split {plan.split}" if plan.snr_db is None else f"--snr-db {plan.snr_db:g}")
     else:

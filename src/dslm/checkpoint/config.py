@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from dslm.errors import CheckpointError
+from dslm.families import Family
+from dslm.sizes import Sizes
 
 _NOT_COPIED = re.compile(
     r"config\.json|README\.md|dslm\.json|metrics\.jsonl|loss\.png|.*\.safetensors|.*\.safetensors\.index\.json|.*\.index\.json"
@@ -32,6 +36,55 @@ def with_dtype(config: Mapping[str, Any], code: str | None) -> dict[str, Any]:
         keys = [key for key in ("dtype", "torch_dtype") if key in edited] or ["torch_dtype"]
         edited.update(dict.fromkeys(keys, DTYPE_NAMES[code]))
     return edited
+
+
+def resized_config(
+    family: Family, config: Mapping[str, Any], sizes: Sizes, layers: Sequence[int]
+) -> dict[str, Any]:
+    """``config`` with other sizes, and every per-layer list at what the blocks were that the target's come from.
+
+    Args:
+        family: the family's table.
+        config: the source's config.
+        sizes: the target's.
+        layers: the source block of each target block.
+    """
+    edited = sizes.into_config(family, config)
+    for key in family.per_layer:
+        value = config.get(key)
+        if isinstance(value, list):
+            edited[key] = [value[layer] for layer in layers]
+    return edited
+
+
+def listed_config(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``config`` with the lists that tell layers apart written out, as transformers' config class does.
+
+    Older files of Gemma 2, and SmolLM3 with an interval, list nothing: what a layer does follows from its number. When
+    layers before it come or go, it must stay what it was. Where all layers are alike nothing is added.
+
+    Raises:
+        CheckpointError: transformers does not tell the layers apart either.
+    """
+    # Older files of Qwen list no layer types and attend to everything unless windows are on.
+    harmless = {"layer_types"} if family.resolve(config).get("use_sliding_window") is False else set()
+    missing = {key for key in family.per_layer if not isinstance(config.get(key), list)} - harmless
+    if not missing:
+        return config
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    whole = AutoConfig.for_model(config["model_type"], **values)
+    lists = {}
+    for key in sorted(missing):
+        found = getattr(whole, key, None)
+        if found is None:
+            raise CheckpointError(
+                f"config.json does not list {key}, and the installed transformers does not either",
+                f"write {key} out, one entry per layer, or install a newer transformers",
+            )
+        lists[key] = list(found)
+    return {**config, **lists}
 
 
 def config_text(config: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
+from dslm.cli.down_target import check_search, search_shapes, target_sizes, wanted_parameters
 from dslm.cli.heal import check_healing, heal, heal_data_option, heal_tokens_option, healing_text
 from dslm.cli.sizes import (
     FREE_BESIDE_PLAN,
@@ -21,10 +22,8 @@ from dslm.cli.sizes import (
     plan_option,
     recorded_name,
     refuse_beside_plan,
-    refuse_two_ways,
     seed_option,
     size_options,
-    sizes_of,
     untie_option,
 )
 from dslm.errors import RecipeError
@@ -33,9 +32,6 @@ from dslm.plan import SHRINK_METHODS, SHRUNK, Plan, check_plan, plan_shrink
 from dslm.report.shapes import SHAPE_HEADER, shape_facts, shape_rows
 from dslm.report.shrunk import perplexity_rows, shrunk_facts, worst_blocks
 from dslm.report.tables import columns_table
-from dslm.sizes import Sizes, count_parameters
-from dslm.targets import parse_count
-from dslm.targets_down import divided, like_smaller, parse_divisor, parse_share, shrink_candidates
 
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
@@ -143,8 +139,8 @@ def command(
     source = open_model(model, weights=not dry_run or options["search"] > 0, quiet=quiet)
     shapes: list[Scored] = []
     if options["search"]:
-        _check_search(source, options, None if dry_run else output, overwrite=overwrite)
-        shapes = _search(source, options, device, quiet=quiet)
+        check_search(source, options, None if dry_run else output, overwrite=overwrite)
+        shapes = search_shapes(source, options, device, quiet=quiet)
     plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, options, shapes)
     if not plan.shrinks:
         raise RecipeError(f"{plan_file} is a plan to grow", "give it to dslm up")
@@ -159,7 +155,7 @@ def command(
     if shapes:
         facts["shapes"] = [shape_facts(shape) for shape in shapes]
     if shapes and not as_json:
-        rows = shape_rows(shapes[:_SHOWN], _wanted(source, options))
+        rows = shape_rows(shapes[:_SHOWN], wanted_parameters(source, options))
         console().print("perplexity of legal shapes\n", columns_table(SHAPE_HEADER, rows), "", sep="\n")
     if dry_run:
         _report(facts | {"output": None}, as_json)
@@ -179,54 +175,6 @@ def command(
     _report(facts, as_json)
 
 
-def _check_search(
-    source: Checkpoint, options: dict[str, Any], output: Path | None, *, overwrite: bool
-) -> None:
-    """Refuse what cannot be before a long search.
-
-    Raises:
-        RecipeError: the size was asked for in another way, or in two.
-        SizeError: there is no such shape.
-        CheckpointError: the output place is not usable.
-    """
-    target = target_sizes(source, options)
-    if options["params"] is None and options["keep_ratio"] is None:
-        raise RecipeError("--search has nothing to choose from", "give --params or --keep-ratio with it")
-    if output is not None:
-        from dslm.output import check_place, planned
-
-        tensors = planned(source, target.into_config(source.family, source.config), None)
-        check_place(source, tensors, output, overwrite=overwrite)
-
-
-def _search(source: Checkpoint, options: dict[str, Any], device: str, *, quiet: bool) -> list[Scored]:
-    """Shapes near the number of parameters that was asked for, the best of those that were built first."""
-    from dslm.shrink.reconstruct import Recipe
-    from dslm.shrink.search import read_windows, search
-    from dslm.shrink.weights import Stored
-
-    with progress_bar(quiet=quiet) as progress:
-        windows = read_windows(
-            source,
-            options["calibration"],
-            samples=options["samples"],
-            length=options["sequence_length"],
-            seed=options["seed"],
-            device=device,
-            progress=progress,
-        )
-        return search(
-            Stored(source),
-            _wanted(source, options),
-            windows,
-            build=options["search"],
-            untie=options["untie"],
-            recipe=Recipe(solve=options["method"] != "slice"),
-            device=device,
-            progress=progress,
-        )
-
-
 def _plan(source: Checkpoint, options: dict[str, Any], shapes: list[Scored]) -> Plan:
     target = shapes[0].sizes if shapes else target_sizes(source, options)
     return plan_shrink(
@@ -241,41 +189,6 @@ def _plan(source: Checkpoint, options: dict[str, Any], shapes: list[Scored]) -> 
         refine=options["refine"],
         seed=options["seed"],
     )
-
-
-def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
-    """The sizes that the command's options ask for.
-
-    Raises:
-        RecipeError: two ways of asking were mixed.
-        SizeError: what is asked for is not legal.
-    """
-    named = {word: options[word] for word in SHRUNK if options[word] is not None}
-    hidden_by, ffn_by = options["embed_dim_divisor"], options["up_proj_divisor"]
-    asked = {
-        "--params": options["params"],
-        "--keep-ratio": options["keep_ratio"],
-        "--like": options["like_model"],
-        "divisors": hidden_by if hidden_by is not None else ffn_by,
-        "sizes by name": named or None,
-    }
-    refuse_two_ways(asked, named, "divisors", {"hidden_size": hidden_by, "intermediate_size": ffn_by})
-    family, config = source.family, source.config
-    if options["params"] is not None or options["keep_ratio"] is not None:
-        wanted = _wanted(source, options)
-        return shrink_candidates(family, config, wanted, untie=options["untie"])[0].sizes
-    if options["like_model"] is not None:
-        return like_smaller(source.sizes, sizes_of(options["like_model"]))
-    hidden = parse_divisor("1" if hidden_by is None else hidden_by)
-    intermediate = parse_divisor("1" if ffn_by is None else ffn_by)
-    return divided(family, config, hidden, intermediate).replace(**named)
-
-
-def _wanted(source: Checkpoint, options: dict[str, Any]) -> int:
-    """The number of parameters asked for."""
-    if options["params"] is not None:
-        return parse_count(options["params"])
-    return round(parse_share(options["keep_ratio"]) * count_parameters(source.family, source.config)["total"])
 
 
 def _report(facts: dict[str, Any], as_json: bool) -> None:

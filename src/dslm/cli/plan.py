@@ -135,7 +135,7 @@ def _report(source: Checkpoint, found: list[Candidate], wanted: int, *, as_json:
     out = console()
     out.print(f"{source.name}: {now:,} parameters now, {wanted:,} wanted\n")
     layers = {"num_hidden_layers": "layers"} if wanted < now else {}
-    columns = layers | dict(zip(GROWN, ("hidden", "FFN", "heads", "kv heads"), strict=True))
+    columns = layers | dict(zip(GROWN[:-1], ("hidden", "FFN", "heads", "kv heads"), strict=True))
     header = ("", *columns.values(), "parameters", "off", "multiple of")
     out.print(columns_table(header, [_row(i, c, columns) for i, c in enumerate(found, 1)]))
 

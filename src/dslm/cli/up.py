@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 @click.option("-upm", "--up-proj-multiplier", metavar="X", help="Multiply intermediate_size.")
 @size_options(GROWN)
 @click.option("--params", metavar="COUNT", help="Grow to about this many parameters: 360M, 1.5B.")
-@click.option("--like", "like_model", metavar="MODEL", help="Grow to the widths of another model.")
+@click.option("--like", "like_model", metavar="MODEL", help="Grow to the shape of another model.")
 @plan_option
 @click.option(
     "--method",

@@ -36,6 +36,10 @@ class Tensor:
     part: str
     layer: int | None
 
+    def in_layer(self, layer: int) -> str:
+        """Name of the same tensor of another block; outside the blocks, its own."""
+        return self.name if self.layer is None else self.name.replace(f".{self.layer}.", f".{layer}.", 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -48,6 +52,7 @@ class Family:
         source: URL of the paper that describes it.
         norm: ``rms`` or ``layer``.
         norm_on_read: condition under which every reader of the residual stream sits behind a norm.
+        stream_kept: condition under which a block that adds nothing leaves the residual stream as it is.
         gain_offset: what the model adds to a stored norm gain (1 for Gemma).
         embedding_multiplier: ``none``, or ``sqrt(hidden)`` where the model scales what it looks up.
         head_dim: ``declared`` (a config field), ``accepted`` (obeyed though undeclared), ``derived``
@@ -56,6 +61,7 @@ class Family:
         embedding: name of the input table.
         head: name of the output table where it is not tied.
         final_norm: name of the last norm without ``.weight``; empty where it has no parameters.
+        branch_norms: name templates of the norms between a writer and the stream.
         rules: size rules of the config class, such as ``hidden % heads == 0``.
         ignored: patterns of tensors some old files carry and no model reads.
         size_keys: dimension -> config key.
@@ -73,6 +79,7 @@ class Family:
     source: str
     norm: str
     norm_on_read: str
+    stream_kept: str
     gain_offset: int
     embedding_multiplier: str
     head_dim: str
@@ -80,6 +87,7 @@ class Family:
     embedding: str
     head: str
     final_norm: str
+    branch_norms: tuple[str, ...]
     rules: tuple[str, ...]
     ignored: tuple[str, ...]
     size_keys: Mapping[str, str]
@@ -94,6 +102,19 @@ class Family:
     def rotates(self) -> bool:
         """Whether the residual stream may be carried in any orthonormal basis: RMSNorms, all in front of readers."""
         return self.norm == "rms" and self.blocks == "pre"
+
+    def keeps_stream(self, config: Config) -> bool:
+        """Whether a block that adds nothing to the stream leaves it as it is: no norm runs over the stream itself."""
+        return self.holds(self.stream_kept, config)
+
+    def is_branch_norm(self, tensor: Tensor) -> bool:
+        """Whether a tensor belongs to a norm between a writer and the stream."""
+        if tensor.layer is None:
+            return False
+        return any(
+            tensor.name.startswith(norm.replace("{layer}", str(tensor.layer)) + ".")
+            for norm in self.branch_norms
+        )
 
     def resolve(self, config: Config) -> dict[str, Any]:
         """``config`` with absent keys at the family's defaults and empty sizes derived as the model derives them.
@@ -278,6 +299,7 @@ def load_family(name: str) -> Family:
         source=table["source"],
         norm=table["norm"],
         norm_on_read=table.get("norm_on_read", ""),
+        stream_kept=table.get("stream_kept", ""),
         gain_offset=table.get("gain_offset", 0),
         embedding_multiplier=table.get("embedding_multiplier", "none"),
         head_dim=table["head_dim"],
@@ -285,6 +307,7 @@ def load_family(name: str) -> Family:
         embedding=table["embedding"],
         head=table["head"],
         final_norm=table.get("final_norm", ""),
+        branch_norms=tuple(table.get("branch_norms", ())),
         rules=tuple(table.get("rules", ())),
         ignored=tuple(table["ignored"]),
         size_keys=table["sizes"],

@@ -53,6 +53,9 @@ def grown_rows(
     mean = _mean_row(read, rows, step) if centred else None
     for start in range(0, tensor.shape[0], step):
         stop = min(start + step, tensor.shape[0])
+        if what.silent:
+            yield torch.full((stop - start, *tensor.shape[1:]), -what.gain_offset, dtype=dtype)
+            continue
         piece = _gather(row_map, start, stop, read)
         if not what.is_identity:
             piece = _mapped(tensor, what, piece, mean, slice(start, stop), dtype, split, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
@@ -15,6 +15,7 @@ from dslm.families.axes import Axis, Role
 from dslm.families.family import Config
 from dslm.grow import METHODS
 from dslm.grow.axis_map import AxisMap, concatenated, identity, merged
+from dslm.grow.blocks import new_blocks, origins, silences
 from dslm.plan import Plan
 
 
@@ -26,16 +27,18 @@ class TensorMap:
         axes: the map of each storage axis, None where it stays as it is.
         factor: scale of the whole tensor.
         gain_offset: what the model adds to a stored gain before it multiplies.
+        silent: whether it becomes zero, so that its new block adds nothing.
     """
 
     axes: tuple[AxisMap | None, ...]
     factor: float = 1.0
     gain_offset: float = 0.0
+    silent: bool = False
 
     @property
     def is_identity(self) -> bool:
         """Whether the tensor's bytes stay as they are."""
-        return all(axis is None for axis in self.axes) and self.factor == 1.0
+        return all(axis is None for axis in self.axes) and self.factor == 1.0 and not self.silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class Growth:
         sizes: source size of every dimension.
         table_factor: scale of the input table beyond its amplitudes (Gemma's multiplier).
         final_factor: scale of the last norm's output, which a tied table asks for.
+        layers: the source block of each target block.
     """
 
     family: Family
@@ -55,6 +59,12 @@ class Growth:
     sizes: Mapping[str, int]
     table_factor: float
     final_factor: float
+    layers: tuple[int, ...]
+
+    @property
+    def new_blocks(self) -> frozenset[int]:
+        """Which target blocks the source did not have."""
+        return new_blocks(self.layers)
 
     def tensor_map(self, tensor: Tensor) -> TensorMap:
         """The maps of one target tensor's storage axes."""
@@ -69,7 +79,13 @@ class Growth:
             offset = float(self.family.gain_offset)
             if first is not None:
                 axes = (_gain_map(first, over_heads="head_dim" in tensor.spec.dimensions),)
-        return TensorMap(axes=axes, factor=factor, gain_offset=offset)
+        silent = False
+        if tensor.layer in self.new_blocks:
+            silent = silences(self.family, tensor)
+            if self.family.branch_norms and role is Role.WRITE and first is not None:
+                # What is written meets a gain of zero: if it were zero too, neither would ever get a gradient.
+                axes = (replace(first, new_writes=True), *axes[1:])
+        return TensorMap(axes=axes, factor=factor, gain_offset=offset, silent=silent)
 
     def _axis_map(self, axis: Axis) -> AxisMap | None:
         normed = axis.normed or axis.role is Role.GAIN
@@ -131,6 +147,7 @@ def build_growth(family: Family, config: Config, plan: Plan, dtype: torch.dtype)
         sizes=family.dimensions(config),
         table_factor=table_factor,
         final_factor=final_factor,
+        layers=origins(source.num_hidden_layers, target.num_hidden_layers),
     )
 
 

@@ -191,7 +191,15 @@ class _Walk:
             kv_head_K=kv_head_K,
             spare_kv_K=spare_kv_K,
             normed=units["heads"].normed,
-            silent=not any(written),
+            silent=not any(written) or self._is_muted(layer),
+        )
+
+    def _is_muted(self, layer: int) -> bool:
+        """Whether every norm between a writer and the stream multiplies by zero."""
+        family = self.weights.family
+        norms = [line for line in self.lines[layer] if family.is_branch_norm(line)]
+        return bool(norms) and not any(
+            (self.weights.read(line.name) + family.gain_offset).any() for line in norms
         )
 
     @property

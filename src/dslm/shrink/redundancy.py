@@ -73,7 +73,7 @@ def _kept_layers(
     """Layers that write something, and as many of the others as the floor asks for."""
     silent = [number for number, layer in enumerate(layers) if layer.silent]
     # Where a block ends in a norm of the stream it changes the stream even if it adds nothing to it.
-    if not family.holds(family.norm_on_read, config):
+    if not family.keeps_stream(config):
         silent = []
     gone = set(silent[max(0, len(silent) - (len(layers) - floor)) :]) if len(layers) > floor else set()
     return tuple(number for number in range(len(layers)) if number not in gone)

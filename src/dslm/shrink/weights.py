@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dslm.checkpoint.config import listed_config, resized_config
 from dslm.checkpoint.reader import Checkpoint
-from dslm.errors import CheckpointError
 from dslm.families import Family
 from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Role
@@ -88,7 +88,7 @@ class Folded:
     @cached_property
     def config(self) -> Config:
         """The smaller model's config."""
-        return shrunk_config(self.family, self.base.config, self.sizes, self.layers)
+        return resized_config(self.family, self.base.config, self.sizes, self.layers)
 
     @cached_property
     def _layout(self) -> dict[str, TableTensor]:
@@ -104,7 +104,7 @@ class Folded:
         family, config = self.family, self.base.config
         line = self._layout[name]
         layer = None if line.layer is None else self.layers[line.layer]
-        origin = name if layer is None else name.replace(f".{line.layer}.", f".{layer}.", 1)
+        origin = name if layer is None else line.in_layer(layer)
         weight = self._prepared.read(origin)
         weight = fold_tensor(family, line, weight, layer, self.folds, self.stream, family.dimensions(config))
         before, after = Sizes.from_config(family, config), self.sizes
@@ -152,43 +152,3 @@ def table_factor(family: Family, before: Sizes, after: Sizes) -> float:
     if family.embedding_multiplier != "sqrt(hidden)":
         return 1.0
     return sqrt(before.hidden_size) / sqrt(after.hidden_size)
-
-
-def shrunk_config(family: Family, config: Config, sizes: Sizes, layers: tuple[int, ...]) -> dict[str, object]:
-    """``config`` with smaller sizes, and every per-layer list cut to the layers that stay."""
-    edited = sizes.into_config(family, config)
-    for key in family.per_layer:
-        value = config.get(key)
-        if isinstance(value, list):
-            edited[key] = [value[layer] for layer in layers]
-    return edited
-
-
-def listed_config(family: Family, config: Config) -> Config:
-    """``config`` with the lists that tell layers apart written out, as transformers' config class does.
-
-    Older files of Gemma 2, and SmolLM3 with an interval, list nothing: what a layer does follows from its number. When
-    layers before it go, it must stay what it was. Where all layers are alike nothing is added.
-
-    Raises:
-        CheckpointError: transformers does not tell the layers apart either.
-    """
-    # Older files of Qwen list no layer types and attend to everything unless windows are on.
-    harmless = {"layer_types"} if family.resolve(config).get("use_sliding_window") is False else set()
-    missing = {key for key in family.per_layer if not isinstance(config.get(key), list)} - harmless
-    if not missing:
-        return config
-    from transformers import AutoConfig
-
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    whole = AutoConfig.for_model(config["model_type"], **values)
-    lists = {}
-    for key in sorted(missing):
-        found = getattr(whole, key, None)
-        if found is None:
-            raise CheckpointError(
-                f"config.json does not list {key}, and the installed transformers does not either",
-                f"write {key} out, one entry per layer, or install a newer transformers",
-            )
-        lists[key] = list(found)
-    return {**config, **lists}

@@ -73,7 +73,8 @@ def growth_scale(tensor: Tensor, growth: Growth) -> Scale:
     Where entries have unequally many copies, their mean counts.
     """
     what = growth.tensor_map(tensor)
-    rate, epsilon, added = what.factor, 1.0 / what.factor, 0.0
+    rate, epsilon = what.factor, 1.0 / what.factor
+    added = float(tensor.layer in growth.new_blocks)
     for axis, found in zip(tensor.spec.axes, what.axes, strict=True):
         if found is None:
             continue
@@ -110,6 +111,9 @@ def freeze_old(parameters: Iterable[tuple[torch.nn.Parameter, Tensor]], growth: 
     """
     learning = 0
     for parameter, tensor in parameters:
+        if tensor.layer in growth.new_blocks:
+            learning += parameter.numel()
+            continue
         axes = [None if axis is None else added_entries(axis) for axis in growth.tensor_map(tensor).axes]
         frozen = torch.ones(parameter.shape, dtype=torch.bool)
         for position, added in enumerate(axes):

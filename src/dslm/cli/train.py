@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dslm.train.record import Trained
     from dslm.train.watch import Evaluation
 
-_RATES = f"{LEARNING_RATES['full']:g}; adapters {LEARNING_RATES['lora']:g}"
+_RATES = "{full:g}; with a teacher {distilled:g}; adapters {lora:g}".format(**LEARNING_RATES)
 _DEFAULTS = Training(data=())
 
 

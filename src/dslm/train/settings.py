@@ -13,8 +13,9 @@ SCHEDULES = ("cosine", "linear", "constant")
 RECIPES = ("plain", "growth")
 PRECISIONS = ("auto", "float32", "bfloat16")
 RUNS_ON = ("auto", "cpu")
-LEARNING_RATES = {"full": 1e-4, "lora": 2e-4, "qlora": 2e-4}
-"""Where none is given. Full training: a careful rate, not yet tuned. Adapters: what QLoRA used for 7B and 13B models
+LEARNING_RATES = {"full": 1e-4, "distilled": 3e-4, "lora": 2e-4, "qlora": 2e-4}
+"""Where none is given. Full training: a careful rate, not tuned. With a teacher: the best of 1e-4, 3e-4 and 1e-3 for
+SmolLM2-135M cut by 15 % (``benchmarks/results/healing_rates.json``). Adapters: what QLoRA used for 7B and 13B models
 (arXiv 2305.14314)."""
 
 
@@ -91,7 +92,10 @@ class Training:
     @property
     def rate(self) -> float:
         """The learning rate that is used."""
-        return LEARNING_RATES[self.mode] if self.learning_rate is None else self.learning_rate
+        if self.learning_rate is not None:
+            return self.learning_rate
+        distilled = self.teacher is not None and self.mode == "full"
+        return LEARNING_RATES["distilled" if distilled else self.mode]
 
     @property
     def adapts(self) -> bool:

@@ -14,6 +14,7 @@ import argparse
 import json
 import sysconfig
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -36,6 +37,7 @@ WAYS = {
     "uneven": {"split": "uneven"},
     "noise": {"snr_db": 10.0},
     "padding": {"method": "padding"},
+    "mixed": {"methods": {"intermediate_size": "padding", "num_attention_heads": "padding"}},
     "depth": {},
 }
 DEEP = ("depth",)
@@ -148,7 +150,10 @@ def compare(asked: argparse.Namespace, place: Path, data: Path, seed: int, befor
     for way in asked.ways:
         large, curve = scratch["scratch, deep" if way in DEEP else "scratch"]
         target = large.sizes
-        plan = plan_growth("small", source.family, source.config, target, seed=seed, **WAYS[way])
+        options = dict(WAYS[way])
+        methods = options.pop("methods", {})
+        plan = plan_growth("small", source.family, source.config, target, seed=seed, **options)
+        plan = replace(plan, methods={**plan.methods, **methods})
         resize(source, plan, place / "grown", overwrite=True)
         flops = [6 * count_parameters(c.family, c.config)["total"] for c in (source, large)]
         for recipe in asked.recipes:

@@ -20,7 +20,7 @@ ORDER = [
     {"checkpoint"},
     {"grow", "load", "logits"},
     {"output", "sampler"},
-    {"resizing", "shrink", "generation", "chat"},
+    {"adapter", "resizing", "shrink", "generation", "chat"},
     {"verify", "report"},
     {"train"},
     {"cli"},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dslm.errors import CheckpointError, DslmError
+from dslm.errors import CheckpointError, DslmError, MissingExtraError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,19 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def need(package: str, extra: str, what: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        MissingExtraError: it is not installed; the hint is the command that installs it.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it remarks on kernels that it does without
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(f"{what} needs {package}", f"pip install 'dslm[{extra}]'") from error
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
@@ -32,7 +47,7 @@ def load_model(
     attention: str | None = None,
     quantization: Any = None,
 ) -> Any:
-    """Load the weights with transformers' own class, ready for inference.
+    """Load the weights with transformers' own class, and the adapter that goes with them, ready for inference.
 
     Args:
         checkpoint: an opened checkpoint with its weights.
@@ -45,7 +60,8 @@ def load_model(
         A ``PreTrainedModel`` in evaluation mode.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or the adapter is for another model.
+        MissingExtraError: the adapter needs a package that is not installed.
         DslmError: there is no such device.
     """
     import torch
@@ -67,7 +83,20 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {first_line(error)}") from error
+    if checkpoint.adapter is not None:
+        _put_on(model, checkpoint.adapter, checkpoint.name)
     return (model if quantization is not None else model.to(target)).eval()
+
+
+def _put_on(model: Any, adapter: Path, name: str) -> None:
+    """Give a model's own layers the adapter's; they stay apart, so nothing is rounded."""
+    peft = need("peft", "train", "an adapter")
+    try:
+        peft.PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{adapter} cannot be put on {name}: {first_line(error)}", "give the model that it was trained on"
+        ) from error
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:

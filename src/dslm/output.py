@@ -164,8 +164,13 @@ def _write_record(
 
 def recorded(checkpoint: Checkpoint) -> dict[str, Any]:
     """What ``dslm.json`` says about a checkpoint; empty where there is none that can be read."""
-    path = None if checkpoint.folder is None else checkpoint.folder / "dslm.json"
-    if path is None or not path.is_file():
+    return {} if checkpoint.folder is None else record_of(checkpoint.folder)
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What ``dslm.json`` in a folder says; empty where there is none that can be read."""
+    path = folder / "dslm.json"
+    if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -42,6 +42,7 @@ class Checkpoint:
         config: the JSON of its ``config.json``, as written.
         family: its family's table.
         entries: tensor name -> where it lies, left-overs that no model reads taken out.
+        adapter: folder of low-rank adapters that are put on when the model is loaded; they are not among the entries.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     family: Family
     entries: Mapping[str, Entry]
+    adapter: Path | None = None
     _files: _OpenFiles = field(default_factory=_OpenFiles, repr=False, compare=False)
 
     @property
@@ -158,6 +160,11 @@ def open_folder(folder: Path, name: str | None = None) -> Checkpoint:
         )
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", "give the folder that holds config.json")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter and no model",
+            "give the model that it was trained on, and --adapter FOLDER",
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json", "give a checkpoint in the Hugging Face layout")
     config = read_json(folder / "config.json")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 
 import click
 
 from dslm.chat import Chatter, Conversation, payload
 from dslm.cli import interrupt
 from dslm.cli.answers import screen_for
-from dslm.cli.common import model_argument, open_model, output_options, print_json, remark
+from dslm.cli.common import adapter_option, model_argument, open_model, output_options, print_json, remark
 from dslm.cli.sampling import random_seed, sampling_options
 from dslm.cli.session import Session
 from dslm.sampler import load
@@ -23,12 +24,14 @@ _PROMPT = "> "
 @model_argument
 @click.option("--against", metavar="MODEL", help="A second model that answers the same messages beside it.")
 @click.option("--system", default="", metavar="TEXT", help="Text that tells the model how to answer.")
+@adapter_option
 @sampling_options(n_predict=512)
 @output_options
 def command(
     model: str,
     against: str | None,
     system: str,
+    adapter: Path | None,
     n_predict: int,
     seed: int | None,
     device: str,
@@ -46,7 +49,8 @@ def command(
     as far as rounding lets it: with --dtype float32 word for word, or nearly.
     """
     given = [model] if against is None else [model, against]
-    checkpoints = [open_model(each, quiet=quiet) for each in given]
+    checkpoints = [open_model(model, quiet=quiet, adapter=adapter)]
+    checkpoints += [] if against is None else [open_model(against, quiet=quiet)]
     chatters = [Chatter(load(checkpoint, device=device, dtype=dtype)) for checkpoint in checkpoints]
     for chatter in chatters:
         chatter.check_system(system)

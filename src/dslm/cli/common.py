@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -56,13 +57,24 @@ def output_options(function: Command) -> Command:
     return as_json(quiet(function))
 
 
-def open_model(model: str, *, weights: bool = True, quiet: bool = False) -> Checkpoint:
+adapter_option = click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Low-rank adapters to put on MODEL, as dslm train --lora writes them.",
+)
+
+
+def open_model(
+    model: str, *, weights: bool = True, quiet: bool = False, adapter: Path | None = None
+) -> Checkpoint:
     """Open what the user named, with a progress bar if it has to be fetched or converted.
 
     Args:
         model: a folder, a hub id, a ``.gguf`` file or ``demo:smollm2-135m``.
         weights: False when headers are enough.
         quiet: show no progress.
+        adapter: adapters that are put on it.
 
     Raises:
         DslmError: there is no such model, or it cannot be read.
@@ -70,7 +82,12 @@ def open_model(model: str, *, weights: bool = True, quiet: bool = False) -> Chec
     from dslm.checkpoint.source import open_checkpoint
 
     with progress_bar(quiet=quiet) as progress:
-        return open_checkpoint(model, weights=weights, progress=progress)
+        checkpoint = open_checkpoint(model, weights=weights, progress=progress)
+    if adapter is None:
+        return checkpoint
+    from dslm.adapter import with_adapter
+
+    return with_adapter(checkpoint, adapter)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
+from dslm.cli.common import (
+    adapter_option,
+    console,
+    model_argument,
+    open_model,
+    output_options,
+    print_json,
+    progress_bar,
+)
 from dslm.report.tables import columns_table, pairs_table
 
 if TYPE_CHECKING:
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
     help="Tasks of lm-eval, with commas: names (arc_easy,hellaswag), or paths of task files or folders (./mine.yaml).",
 )
 @click.option("--against", metavar="MODEL", help="Measure another model, too, and show the differences.")
+@adapter_option
 @click.option(
     "--sequence-length",
     type=click.IntRange(min=8),
@@ -76,6 +85,7 @@ def command(
     text: Path | None,
     tasks: str | None,
     against: str | None,
+    adapter: Path | None,
     sequence_length: int,
     limit: int | None,
     num_fewshot: int | None,
@@ -97,7 +107,7 @@ def command(
     wants_text = tasks is None or text is not None
     if text is not None:
         _check_text(text)
-    first = open_model(model, quiet=quiet)
+    first = open_model(model, quiet=quiet, adapter=adapter)
     other = None if against is None else open_model(against, quiet=quiet)
     shared: dict[str, Any] = {"against": other, "limit": limit, "device": device, "dtype": dtype}
     on_text = _score_text(first, text, sequence_length, shared, quiet=quiet) if wants_text else None

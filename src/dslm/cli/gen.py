@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
-from dslm.cli.common import model_argument, open_model, output_options, print_json, remark
+from dslm.cli.common import adapter_option, model_argument, open_model, output_options, print_json, remark
 from dslm.cli.sampling import random_seed, sampling_options
 
 _DEFAULT_PROMPT = "The capital of France is"
@@ -18,11 +19,13 @@ _DEFAULT_PROMPT = "The capital of France is"
 @click.option(
     "-p", "--prompt", default=_DEFAULT_PROMPT, show_default=True, help="Text to continue; - reads stdin."
 )
+@adapter_option
 @sampling_options(n_predict=100)
 @output_options
 def command(
     model: str,
     prompt: str,
+    adapter: Path | None,
     n_predict: int,
     temperature: float,
     top_k: int,
@@ -35,7 +38,7 @@ def command(
 ) -> None:
     """Generate text: continue a prompt, token by token, on stdout."""
     text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
-    checkpoint = open_model(model, quiet=quiet)
+    checkpoint = open_model(model, quiet=quiet, adapter=adapter)
     from dslm.generation import generate
     from dslm.sampler import Sampling
 

@@ -36,7 +36,7 @@ from dslm.cli.sizes import (
     untie_option,
 )
 from dslm.errors import RecipeError, VerificationError
-from dslm.plan import GROWN, METHOD_NAMES, Plan, check_plan, plan_growth
+from dslm.plan import DEPTH_METHOD, GROWN, METHOD_NAMES, Plan, check_plan, plan_growth
 from dslm.report.tables import columns_table
 from dslm.sizes import Sizes, differing
 from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled
@@ -217,7 +217,8 @@ def _report(facts: dict[str, Any], as_json: bool) -> None:
     out = console()
     rows = change_rows(facts, lambda a, b: f"x {b / a:.4g}")
     out.print(columns_table(("", "before", "after", ""), rows))
-    method = ", ".join(dict.fromkeys(facts["methods"].values()))
-    if method:
-        out.print(f"\n{method}, {facts['split']} split, seed {facts['seed']}")
+    methods = list(dict.fromkeys(facts["methods"].values()))
+    if methods:
+        split = [] if methods == [DEPTH_METHOD] else [f"{facts['split']} split"]
+        out.print("\n" + ", ".join([*methods, *split, f"seed {facts['seed']}"]))
     out.print(f"written to {facts['output']}" if facts["output"] else "nothing written (--dry-run)")

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 from pathlib import Path
 from typing import Any
 
 from dslm.checkpoint.reader import Checkpoint
-from dslm.errors import MissingExtraError, RecipeError
-from dslm.load import load_model
+from dslm.errors import RecipeError
+from dslm.load import load_model, need
 from dslm.train.settings import Training
-
-
-def need(package: str, extra: str, what: str) -> Any:
-    """Import an optional package.
-
-    Raises:
-        MissingExtraError: it is not installed; the hint is the command that installs it.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it remarks on kernels that it does without
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingExtraError(f"{what} needs {package}", f"pip install 'dslm[{extra}]'") from error
 
 
 def load_four_bit(checkpoint: Checkpoint, device: str) -> Any:

@@ -18,10 +18,10 @@ from dslm.checkpoint.writer import check_output
 from dslm.errors import DslmError, RecipeError
 from dslm.families import Tensor
 from dslm.grow.maps import Growth
-from dslm.load import check_token_ids, load_model, load_tokenizer, silence_transformers
+from dslm.load import check_token_ids, load_model, load_tokenizer, need, silence_transformers
 from dslm.progress import Progress
 from dslm.texts import CHARACTERS, read_rows
-from dslm.train.adapters import add_adapters, load_four_bit, merge_adapter, need
+from dslm.train.adapters import add_adapters, load_four_bit, merge_adapter
 from dslm.train.data import Blocks, Document, hold_out, read_blocks, read_tokens, separates
 from dslm.train.growth import Scale, freeze_old, growth_scale, recorded_growth
 from dslm.train.loss import Distillation, give_loss

@@ -70,7 +70,7 @@ def main() -> None:
                     asked.model, source.family, source.config, target,
                     method=method, text=str(text), samples=asked.samples, length=1024,
                 )  # fmt: skip
-                small = place / f"{method}-{share}"
+                small = place / f"{method}-{share}-{asked.samples}"
                 if not small.exists():
                     shrink_checkpoint(source, plan, small)
                 cut_model = open_checkpoint(str(small))
@@ -83,7 +83,7 @@ def main() -> None:
                         data=(str(text),), tokens=asked.tokens, learning_rate=rate, teacher=asked.model,
                         kl_weight=asked.kl_weight, held_out=0.01, precision=asked.precision,
                     )  # fmt: skip
-                    healed = place / f"{method}-{share}-{rate}-{asked.tokens}"
+                    healed = place / f"{small.name}-{rate}-{asked.tokens}-{asked.kl_weight}-{asked.precision}"
                     if not healed.exists():
                         train_checkpoint(cut_model, training, healed)
                     found = {"learning_rate": rate, "perplexity": perplexities(opened(healed), checks)}

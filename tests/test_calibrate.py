@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,14 +19,32 @@ from tokenizing import BOS, EOS
 make, plain, bare = calibrating.make, calibrating.plain, calibrating.bare  # fixtures
 
 
-def test_a_text_is_cut_into_windows_in_order_and_the_last_ones_are_held_out(plain, tmp_path):
-    text = words(600)
+@pytest.mark.parametrize("count", [600, 6000])
+def test_windows_are_runs_of_the_text_from_all_over_it(plain, tmp_path, count):
+    text = words(count)
     (tmp_path / "a.txt").write_text(text)
     found = calibration(plain, str(tmp_path / "a.txt"), **SIZES)
     assert found.train.dtype == found.held_out.dtype == torch.int64
     assert (found.train.shape, found.held_out.shape) == ((14, 32), (2, 32))
-    assert torch.cat([found.train, found.held_out]).flatten().tolist() == ids(text)[: 16 * 32]
     assert found.origin == f"the file {tmp_path / 'a.txt'}"
+    joined = " " + " ".join(map(str, ids(text))) + " "
+    starts = [
+        joined.find(f" {' '.join(map(str, row))} ")
+        for row in [*found.train.tolist(), *found.held_out.tolist()]
+    ]
+    places = sorted(joined[:start].count(" ") for start in starts if start >= 0)
+    assert len(places) >= 15  # the last may be packed of two ends
+    assert all(b - a >= 32 for a, b in pairwise(places))
+    assert places[0] < 0.2 * count
+    assert places[-1] > 0.7 * count
+
+
+def test_every_document_gives_a_window_before_one_gives_two(plain, tmp_path):
+    texts = [" ".join([f"w{i}"] * 400) for i in range(3, 33)]  # a token tells its document
+    found = calibration(plain, str(jsonl(tmp_path / "a.jsonl", texts)), **SIZES)
+    kept, held = ([row[0] for row in windows.tolist()] for windows in (found.train, found.held_out))
+    assert len(set(kept + held)) == 16
+    assert (len(kept), len(held)) == (14, 2)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "messages", "wikitext", "hub"])

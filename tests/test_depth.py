@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import calling
+import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.errors import SizeError
 from dslm.families import family_names, load_family
 from dslm.grow.blocks import new_blocks, origins
 from dslm.plan import plan_growth
 from dslm.sizes import Sizes
+from dslm.verify.liveness import certify
 from growing import grow, load, logits
 from pico import CASES, PICO, make_model, read_config, save, tokens
 
@@ -91,9 +93,82 @@ def moved(model, ids):
     return ((logits(model, ids) - before).norm() / before.norm()).item()
 
 
+WIDER = {
+    "FFN": {"intermediate_size": 96},
+    "heads": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "heads in groups": {"num_attention_heads": 8},
+    "all": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4},
+}
+WINDOW = tokens(7, rows=1, length=48)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "padding"}, {"snr_db": 10.0}], ids=str)
+@pytest.mark.parametrize("wider", WIDER)
 @pytest.mark.parametrize(
-    ("family", "variant"),
-    [("llama", "gqa-tied"), ("olmo2", "mha"), ("gemma2", "no-softcaps"), ("gemma3_text", "windows")],
+    ("family", "variant"), [("llama", "gqa-tied"), ("gemma2", "biases"), ("phi3", "gqa-partial-rotary")]
+)
+def test_copies_in_a_new_block_can_become_different(family, variant, wider, options, tmp_path):
+    source = open_folder(save(make_model(family, variant), tmp_path / "source"))
+    target = source.sizes.replace(num_hidden_layers=4, **WIDER[wider])
+    grown = open_folder(grow(source, tmp_path / "out", target, **options))
+    found = certify(grown, WINDOW)
+    assert found.unlocked, found.examples
+    assert found.alive, found.examples
+
+
+def test_a_unit_that_only_did_not_fire_is_not_called_dead(tmp_path):
+    """A ReLU that stays at zero on this text; its output is read with zeros in a new block."""
+    model = make_model("opt", "pre-norm")
+    source = open_folder(save(model, tmp_path / "source"))
+    grown = open_folder(grow(source, tmp_path / "out", source.sizes.replace(num_hidden_layers=5)))
+    assert certify(grown, WINDOW).alive
+    with torch.no_grad():
+        for part in (model.model.decoder.layers[1].fc1.weight, model.model.decoder.layers[1].fc1.bias):
+            part[7] = 0
+        model.model.decoder.layers[1].fc2.weight[:, 7] = 0
+    found = certify(open_folder(save(model, tmp_path / "dead")), WINDOW)
+    assert {space.name: space.dead for space in found.spaces}["FFN units"] == 1
+
+
+def test_dtypes_that_differ_by_layer_go_with_their_layers(tmp_path):
+    model = make_model("llama", "mha", dtype=torch.bfloat16)
+    for layer in model.model.layers[1:]:
+        layer.float()
+    source = open_folder(save(model, tmp_path / "source"))
+    grown = open_folder(grow(source, tmp_path / "out", source.sizes.replace(num_hidden_layers=5)))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    dtypes = ["BF16", "F32", "F32"]
+    assert [grown.entries[name.format(n)].dtype for n in range(5)] == [
+        dtypes[layer] for layer in origins(3, 5)
+    ]
+    shrinking.down(grown, tmp_path / "back", source.sizes)
+    back = open_folder(tmp_path / "back")
+    assert [back.entries[name.format(n)].dtype for n in range(3)] == dtypes
+    for tensor in source.entries:
+        rows = source.entries[tensor].shape[0]
+        assert torch.equal(*(each.read_rows(tensor, 0, rows) for each in (source, back)))
+
+
+def test_a_depth_that_no_model_has_is_refused_at_once(call, tmp_path):
+    save(make_model("llama", "mha"), tmp_path / "source")
+    code, _, err = call("up", tmp_path / "source", "--num-hidden-layers", 10**9, "--dry-run")
+    assert code == 1
+    assert "more than any model has" in calling.one_line(err)
+
+
+def test_like_a_wider_and_shallower_model_says_what_can_be_done(call, tmp_path):
+    source = open_folder(save(make_model("llama", "mha"), tmp_path / "source"))
+    grow(source, tmp_path / "deep", source.sizes.replace(num_hidden_layers=5))
+    grow(source, tmp_path / "wide", source.sizes.replace(intermediate_size=96))
+    code, _, err = call("up", tmp_path / "deep", "--like", tmp_path / "wide", "--dry-run")
+    assert code == 1
+    assert "leave it at 5" in calling.one_line(err)
+    code, out, _ = call("up", tmp_path / "source", "--like", tmp_path / "deep", "--dry-run", "--json")
+    assert json.loads(out)["changes"] == {"num_hidden_layers": [3, 5]}
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"), [("olmo2", "mha"), ("gemma2", "no-softcaps"), ("gemma3_text", "windows")]
 )
 def test_the_first_step_of_training_does_not_upset_new_blocks(family, variant, tmp_path):
     """A norm behind writers of zeros would blow up their first step to full size."""

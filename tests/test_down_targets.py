@@ -15,9 +15,9 @@ from dslm.errors import SizeError
 from dslm.families import family_names, load_family
 from dslm.plan import plan_shrink
 from dslm.sizes import Sizes, check_legal, count_parameters
+from dslm.targets import like
 from dslm.targets_down import (
     divided,
-    like_smaller,
     parse_divisor,
     parse_share,
     shrink_candidates,
@@ -137,13 +137,13 @@ def test_like_takes_the_shape_of_the_other_model_with_its_layers():
     source = sizes_of(SMOLLM2)
     shape = dict(zip(SHAPE, (384, 1024, 20, 6, 2), strict=True))
     other = source.replace(**shape, vocab_size=1000, tied=False)
-    assert like_smaller(source, other) == source.replace(**shape)
+    assert like(source, other) == source.replace(**shape)
 
 
 def test_like_refuses_another_head_dim():
     source = sizes_of(SMOLLM2)
     with pytest.raises(SizeError, match="rotary"):
-        like_smaller(source, source.replace(head_dim=128))
+        like(source, source.replace(head_dim=128))
 
 
 # ---------------------------------------------------------------- a number of parameters

@@ -12,7 +12,6 @@ from dslm.train.growth import (
     BETAS,
     NEW,
     Scale,
-    added_entries,
     freeze_old,
     growth_scale,
     parameter_groups,
@@ -98,10 +97,20 @@ def test_freezing_trains_only_what_was_added(method, tmp_path):
         old = torch.ones_like(moved)
         for position, axis in enumerate(growth.tensor_map(lines[name]).axes):
             if axis is not None:
-                kept = ~torch.from_numpy(added_entries(axis))
+                kept = ~torch.from_numpy(axis.added)
                 old &= kept.view([-1 if i == position else 1 for i in range(moved.dim())])
         assert not (moved & old).any(), name
     assert 0.9 * learning < changed <= learning
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_new_block_of_a_wider_model_learns_as_what_is_new(family, tmp_path):
+    source = open_folder(pico.save(pico.make_model(family, "mha"), tmp_path / "small"))
+    target = growing.doubled(source.sizes).replace(num_hidden_layers=4)
+    checkpoint = open_folder(growing.grow(source, tmp_path / "grown", target, split="even"))
+    growth = recorded_growth(checkpoint)
+    lines = checkpoint.family.layout(checkpoint.config).values()
+    assert {growth_scale(line, growth) for line in lines if line.layer == 1} == {Scale(rate=NEW)}
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])

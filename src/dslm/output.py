@@ -17,7 +17,6 @@ from dslm.checkpoint.oracle import checking_beside
 from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.writer import Planned, Writer, check_output
 from dslm.families import Tensor
-from dslm.grow.blocks import origins
 from dslm.plan import Plan
 from dslm.progress import Progress
 from dslm.sizes import count_parameters
@@ -26,15 +25,18 @@ Check = Callable[[Path], Mapping[str, Any]]
 Rows = Callable[[Tensor, Planned], Iterator[torch.Tensor]]
 
 
-def planned(source: Checkpoint, config: Mapping[str, Any], dtype: str | None) -> list[Planned]:
+def planned(
+    source: Checkpoint, config: Mapping[str, Any], dtype: str | None, layers: Sequence[int] | None = None
+) -> list[Planned]:
     """The tensors of an output with their dtypes: those of the source, or one for all.
 
     Args:
         source: the model that is resized.
         config: the output's config.
         dtype: safetensors code, or None to keep each tensor's.
+        layers: the source block of each block of the output; the one of the same number if None.
     """
-    layers = origins(source.sizes.num_hidden_layers, source.family.dimensions(config)["layers"])
+    layers = range(source.family.dimensions(config)["layers"]) if layers is None else layers
     return [
         Planned(t.name, dtype or source.entries[origin(source, t, layers)].dtype, t.shape)
         for t in source.family.layout(config).values()
@@ -73,6 +75,7 @@ def write_output(
     *,
     label: str,
     methods: Mapping[str, str],
+    layers: Sequence[int] | None = None,
     overwrite: bool = False,
     measured: Mapping[str, Any] | None = None,
     check: Check | None = None,
@@ -88,6 +91,7 @@ def write_output(
         rows: computes a tensor as consecutive runs of rows in its dtype.
         label: what is being done, for the progress.
         methods: method -> URL of its source.
+        layers: the source block of each block of the output, for its dtypes; the one of the same number if None.
         overwrite: replace an existing folder.
         measured: figures for the card and the record.
         check: given the finished folder before it takes its place, returns more of them; what it raises
@@ -102,7 +106,7 @@ def write_output(
         CheckpointError: the disk is full, or a family's table is wrong.
     """
     layout = source.family.layout(config)
-    tensors = planned(source, config, plan.dtype)
+    tensors = planned(source, config, plan.dtype, layers)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     shapes = {tensor.name: tensor.shape for tensor in layout.values()}
     with checking_beside(config, shapes) as verdict, Writer(out, tensors, overwrite=overwrite) as writer:

@@ -21,6 +21,7 @@ METHOD_NAMES = ("hypercloning", "net2net", "padding")
 SPLIT_NAMES = ("uneven", "even", "noise")
 DTYPE_CODES = ("F64", "F32", "F16", "BF16")
 DEPTH_METHOD = "blocks"
+_DEEPEST = 10_000
 GROWN = (
     "hidden_size",
     "intermediate_size",
@@ -307,10 +308,17 @@ def check_growth(source: Sizes, target: Sizes) -> None:
     for word in WORDS:
         before, after = getattr(source, word), getattr(target, word)
         if word in GROWN and 0 < after < before:
+            mixed = any(getattr(target, other) > getattr(source, other) for other in GROWN)
+            hint = "up only grows; dslm down shrinks"
             raise SizeError(
-                f"{word} {after} is smaller than the source's {before}", "up only grows; dslm down shrinks"
+                f"{word} {after} is smaller than the source's {before}",
+                f"leave it at {before}, or shrink with dslm down first" if mixed else hint,
             )
         if word not in GROWN and after != before:
             raise SizeError(f"{word} cannot change from {before} to {after}", f"up grows {', '.join(GROWN)}")
+    if target.num_hidden_layers > _DEEPEST:
+        raise SizeError(
+            f"num_hidden_layers {target.num_hidden_layers} is more than any model has", "give fewer"
+        )
     if target.tied and not source.tied:
         raise SizeError("two separate tables cannot become a tied one", "leave tie_word_embeddings as it is")

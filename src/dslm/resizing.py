@@ -86,7 +86,7 @@ def resize(
     check_plan(plan, source.family, source.config)
     config = target_config(source, plan)
     growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
-    tensors = planned(source, config, plan.dtype)
+    tensors = planned(source, config, plan.dtype, growth.layers)
     check_place(source, tensors, out, overwrite=overwrite)
     split = split_named(plan.split, plan.snr_db)
 
@@ -111,6 +111,7 @@ def resize(
         rows,
         label="growing",
         methods=citations,
+        layers=growth.layers,
         overwrite=overwrite,
         check=check,
         progress=progress,

@@ -154,8 +154,9 @@ def like(source: Sizes, other: Sizes) -> Sizes:
     """
     if source.head_dim != other.head_dim:
         raise SizeError(
-            f"that model has head_dim {other.head_dim}, and the source {source.head_dim}",
-            "give the sizes by name instead",
+            f"that model has head_dim {other.head_dim}, and the source {source.head_dim}: head_dim cannot change, "
+            "since every rotary frequency depends on it",
+            "give the other sizes by name instead",
         )
     return source.replace(
         hidden_size=other.hidden_size,

@@ -129,27 +129,6 @@ def _headed(family: Family, config: Config, shape: Sizes, source: Sizes) -> Iter
             return
 
 
-def like_smaller(source: Sizes, other: Sizes) -> Sizes:
-    """The source's sizes with the layers, widths and head counts of another model.
-
-    Raises:
-        SizeError: the other model has another ``head_dim``.
-    """
-    if source.head_dim != other.head_dim:
-        raise SizeError(
-            f"that model has head_dim {other.head_dim}, and the source {source.head_dim}: head_dim cannot change, "
-            "since every rotary frequency depends on it",
-            "give the other sizes by name instead",
-        )
-    return source.replace(
-        hidden_size=other.hidden_size,
-        intermediate_size=other.intermediate_size,
-        num_hidden_layers=other.num_hidden_layers,
-        num_attention_heads=other.num_attention_heads,
-        num_key_value_heads=other.num_key_value_heads,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Line:
     """A stream and head counts; with them the count is ``fixed + layers * (block + unit * intermediate_size)``."""

@@ -112,6 +112,7 @@ def render_card(
         changes=differing(plan.source, plan.target),
         sources=sources,
         explained=_EXPLAINED,
+        widened=set(plan.methods.values()) - {DEPTH_METHOD},
         command=command_of(plan),
         measured={label: short_figure(value) for label, value in measured.items()},
         front_matter=yaml.safe_dump(metadata, sort_keys=False),

@@ -31,6 +31,9 @@ class _OpenFiles(dict[Path, int]):
     def __del__(self) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:
+        return _OpenFiles, ()  # a copy opens files of its own
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

@@ -10,8 +10,8 @@ from dslm.cli.sizes import refuse_two_ways, sizes_of
 from dslm.errors import RecipeError
 from dslm.plan import SHRUNK
 from dslm.sizes import Sizes, count_parameters
-from dslm.targets import parse_count
-from dslm.targets_down import divided, like_smaller, parse_divisor, parse_share, shrink_candidates
+from dslm.targets import like, parse_count
+from dslm.targets_down import divided, parse_divisor, parse_share, shrink_candidates
 
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
@@ -40,7 +40,7 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
         wanted = wanted_parameters(source, options)
         return shrink_candidates(family, config, wanted, untie=options["untie"])[0].sizes
     if options["like_model"] is not None:
-        return like_smaller(source.sizes, sizes_of(options["like_model"]))
+        return like(source.sizes, sizes_of(options["like_model"]))
     hidden = parse_divisor("1" if hidden_by is None else hidden_by)
     intermediate = parse_divisor("1" if ffn_by is None else ffn_by)
     return divided(family, config, hidden, intermediate).replace(**named)

@@ -13,7 +13,7 @@ import click
 
 from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
 from dslm.errors import CheckpointError, RecipeError, SizeError
-from dslm.plan import GROWN, METHOD_NAMES, SHRINK_METHODS, Plan, plan_growth, plan_shrink
+from dslm.plan import METHOD_NAMES, SHRINK_METHODS, Plan, plan_growth, plan_shrink
 from dslm.report.shapes import (
     SHAPE_HEADER,
     SizePoint,
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint
     from dslm.shrink.search import Scored
 
+_WIDTHS = {
+    "hidden_size": "hidden",
+    "intermediate_size": "FFN",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv heads",
+}
 _SHARES = (0.95, 0.9, 0.85, 0.75, 0.6, 0.5)  # of the picture
 _MEASURING = ("samples", "sequence_length", "build")
 
@@ -135,7 +141,7 @@ def _report(source: Checkpoint, found: list[Candidate], wanted: int, *, as_json:
     out = console()
     out.print(f"{source.name}: {now:,} parameters now, {wanted:,} wanted\n")
     layers = {"num_hidden_layers": "layers"} if wanted < now else {}
-    columns = layers | dict(zip(GROWN[:-1], ("hidden", "FFN", "heads", "kv heads"), strict=True))
+    columns = layers | _WIDTHS
     header = ("", *columns.values(), "parameters", "off", "multiple of")
     out.print(columns_table(header, [_row(i, c, columns) for i, c in enumerate(found, 1)]))
 

@@ -49,7 +49,8 @@ def grown_rows(
     """
     row_map = what.axes[0]
     step = max(1, CHUNK_BYTES // (prod(tensor.shape[1:]) * dtype.itemsize))
-    centred = row_map is not None and row_map.centred and tensor.spec.axes[0].role in (Role.WRITE, Role.BIAS)
+    centred = not what.silent and row_map is not None and row_map.centred
+    centred = centred and tensor.spec.axes[0].role in (Role.WRITE, Role.BIAS)
     mean = _mean_row(read, rows, step) if centred else None
     for start in range(0, tensor.shape[0], step):
         stop = min(start + step, tensor.shape[0])

@@ -64,6 +64,13 @@ class AxisMap:
         return self._groups
 
     @property
+    def added(self) -> NDArray[np.bool_]:
+        """``[target]``: entries that the source did not have, new ones and every copy but the first."""
+        first = np.zeros(self.target, dtype=bool)
+        first[np.unique(self.source, return_index=True)[1]] = True
+        return ~first | self.new
+
+    @property
     def scaled(self) -> bool:
         """Whether writers need arithmetic and not only copying."""
         return self.centred or bool(np.any(self.amplitude != 1.0))

@@ -52,6 +52,7 @@ class Growth:
         table_factor: scale of the input table beyond its amplitudes (Gemma's multiplier).
         final_factor: scale of the last norm's output, which a tied table asks for.
         layers: the source block of each target block.
+        new_blocks: which target blocks the source did not have.
     """
 
     family: Family
@@ -60,11 +61,7 @@ class Growth:
     table_factor: float
     final_factor: float
     layers: tuple[int, ...]
-
-    @property
-    def new_blocks(self) -> frozenset[int]:
-        """Which target blocks the source did not have."""
-        return new_blocks(self.layers)
+    new_blocks: frozenset[int]
 
     def tensor_map(self, tensor: Tensor) -> TensorMap:
         """The maps of one target tensor's storage axes."""
@@ -79,12 +76,15 @@ class Growth:
             offset = float(self.family.gain_offset)
             if first is not None:
                 axes = (_gain_map(first, over_heads="head_dim" in tensor.spec.dimensions),)
-        silent = False
-        if tensor.layer in self.new_blocks:
-            silent = silences(self.family, tensor)
-            if self.family.branch_norms and role is Role.WRITE and first is not None:
+        silent = tensor.layer in self.new_blocks and silences(self.family, tensor)
+        if tensor.layer in self.new_blocks and role is Role.WRITE and first is not None:
+            if self.family.branch_norms:
                 # What is written meets a gain of zero: if it were zero too, neither would ever get a gradient.
-                axes = (replace(first, new_writes=True), *axes[1:])
+                first = replace(first, new_writes=True)
+            elif len(axes) > 1 and not silent:
+                # What could tell copies apart is zero: if they were equal too, they would stay so for ever.
+                first = replace(first, new=first.added, new_writes=True)
+            axes = (first, *axes[1:])
         return TensorMap(axes=axes, factor=factor, gain_offset=offset, silent=silent)
 
     def _axis_map(self, axis: Axis) -> AxisMap | None:
@@ -141,13 +141,15 @@ def build_growth(family: Family, config: Config, plan: Plan, dtype: torch.dtype)
     if heads != (target.num_attention_heads, target.num_key_value_heads):
         maps.update(METHODS[plan.methods["num_attention_heads"]].heads(family, source, target, plan.seed))
     table_factor, final_factor = _table_factors(family, config, plan, dtype)
+    layers = origins(source.num_hidden_layers, target.num_hidden_layers)
     return Growth(
         family=family,
         maps=maps,
         sizes=family.dimensions(config),
         table_factor=table_factor,
         final_factor=final_factor,
-        layers=origins(source.num_hidden_layers, target.num_hidden_layers),
+        layers=layers,
+        new_blocks=new_blocks(layers),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def calibration(
 ) -> Calibration:
     """Windows of calibration tokens; the same for the same seed.
 
-    Documents are taken in an order drawn from the seed, each once, and packed with the end token between them.
-    The held-out windows are of other documents than the rest where there are enough documents; otherwise
-    they are the last windows.
+    Windows come from as many places of as many documents as there are, in an order drawn from the seed; what is
+    shorter than a window is packed with the end token between. The held-out windows are of other documents than
+    the rest where there are enough documents; otherwise they are the last windows.
 
     Args:
         checkpoint: the model, opened with its weights.
@@ -88,8 +89,9 @@ def calibration(
         return Calibration(*_cut(written), "text that the model wrote itself")
     reader = _reader(checkpoint, length)
     documents, origin = read_documents(source, CHARACTERS * samples * length, progress)
-    random.Random(seed).shuffle(documents)
-    return Calibration(*_split(reader, documents, samples, origin), origin)
+    draw = random.Random(seed)
+    draw.shuffle(documents)
+    return Calibration(*_split(reader, documents, samples, origin, draw), origin)
 
 
 def check_windows(checkpoint: Checkpoint, path: Path, *, length: int, limit: int) -> Tensor:
@@ -142,6 +144,32 @@ class _Reader:
         check_token_ids(self.name, self.vocab, [*self.start, *self.joint, *found])
         return found
 
+    def spread(self, documents: list[str], count: int, draw: random.Random) -> Tensor:
+        """Up to ``count`` windows, int64 ``[windows, length]``, from each document before any gives a second."""
+        step = self.length - len(self.start)
+        cut = [_pieces(document, CHARACTERS * step) for document in documents]
+        for pieces_of_one in cut:
+            draw.shuffle(pieces_of_one)
+        pieces = [piece for turn in zip_longest(*cut) for piece in turn if piece is not None]
+        read: dict[int, list[int]] = {}
+        windows: list[list[int]] = []
+        short: list[int] = []
+        for place in range(0, CHARACTERS * step, step):
+            for number, piece in enumerate(pieces):
+                if number not in read:
+                    read[number] = self.ids(piece, CHARACTERS * step)
+                found = read[number][place : place + step]
+                if found and len(found) < step:
+                    short += (self.joint if short else []) + found
+                    found, short = (short[:step], short[step:]) if len(short) >= step else ([], short)
+                if found:
+                    windows.append(self.start + found)
+                if len(windows) == count:
+                    return torch.tensor(windows, dtype=torch.int64)
+        whole = self.pack(iter(documents), count)  # nothing may be lost of a text that is hardly enough
+        spread = torch.tensor(windows, dtype=torch.int64).view(len(windows), self.length)
+        return whole if len(whole) > len(spread) else spread
+
     def pack(self, documents: Iterator[str], count: int) -> Tensor:
         """Up to ``count`` full windows, int64 ``[windows, length]``; takes no more documents than it needs."""
         step = self.length - len(self.start)
@@ -182,17 +210,40 @@ def _cut(windows: Tensor) -> tuple[Tensor, Tensor]:
     return windows[:-held], windows[-held:]
 
 
-def _split(reader: _Reader, documents: list[str], samples: int, origin: str) -> tuple[Tensor, Tensor]:
+def _pieces(document: str, characters: int) -> list[str]:
+    """A document cut at the ends of lines or words into pieces of about so many characters."""
+    pieces, begin = [], 0
+    while begin < len(document):
+        end = begin + characters
+        line, word = (document.find(mark, end) + 1 for mark in ("\n", " "))
+        if 0 < line <= end + characters:
+            end = line
+        elif 0 < word <= end + characters:
+            end = word
+        pieces.append(document[begin:end])
+        begin = end
+    return pieces
+
+
+def _split(
+    reader: _Reader, documents: list[str], samples: int, origin: str, draw: random.Random
+) -> tuple[Tensor, Tensor]:
     """Windows to fit on and windows held out."""
     together = reader.pack(iter(documents), samples)
     if len(together) < 2:
         raise _too_short(reader, documents, origin, 2)
     fit, held = _cut(together)
     rest = iter(documents)
-    held_out = reader.pack(rest, len(held))
-    train = reader.pack(rest, len(fit))
-    # What is left of the last held-out document is lost; where that is much, only windows are kept apart.
-    return (train, held_out) if 4 * len(train) >= 3 * len(fit) else (fit, held)
+    reader.pack(rest, len(held))
+    needed = len(documents) - len(list(rest))
+    apart = max(needed, min(len(held), len(documents) // _SHARE))
+    if apart < len(documents):
+        held_out = reader.spread(documents[:apart], len(held), draw)
+        train = reader.spread(documents[apart:], len(fit), draw)
+        # What else is in the held-out documents is lost; where that is much, only windows are kept apart.
+        if 4 * len(train) >= 3 * len(fit):
+            return train, held_out
+    return _cut(reader.spread(documents, samples, draw))
 
 
 def _too_short(reader: _Reader, documents: list[str], origin: str, windows: int) -> RecipeError:

@@ -24,7 +24,7 @@ from dslm.shrink.calibrate import calibration, check_windows
 from dslm.shrink.rebuild import Windows
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.redundancy import exact_stage
-from dslm.shrink.weights import Stored, Weights
+from dslm.shrink.weights import Folded, Stored, Weights
 from dslm.sizes import Sizes, count_parameters
 
 CHECK_WINDOWS = 32
@@ -41,7 +41,7 @@ class Shrunk:
         parameters: before and after.
         nbytes: bytes of weights written.
         removed: size word -> how much of it was redundant and went without loss.
-        layers: the layers that were kept, of what the exact stage left.
+        layers: the source's layers that were kept.
         losses: ``held-out`` and ``check`` -> mean nats per token before and after; empty where all went without loss.
         errors: relative squared error of the stream after each block, on held-out windows.
         tokens: tokens that were fitted on.
@@ -111,6 +111,9 @@ def shrink_checkpoint(
     beside = next(parent for parent in out.resolve().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=beside) as scratch:
         smaller = _smaller(source, reduced.weights, plan, check, Path(scratch), device, progress)
+        layers = smaller.layers
+        if isinstance(reduced.weights, Folded):
+            layers = tuple(reduced.weights.layers[number] for number in layers)
         config = with_dtype(smaller.weights.config, plan.dtype)
         measured = _figures(reduced.removed, smaller)
 
@@ -127,6 +130,7 @@ def shrink_checkpoint(
             rows,
             label="writing",
             methods={},  # the card explains both itself
+            layers=layers,
             overwrite=overwrite,
             measured=measured,
             progress=progress,
@@ -135,9 +139,9 @@ def shrink_checkpoint(
     return Shrunk(
         folder=out,
         parameters=(counts[0], counts[1]),
-        nbytes=sum(t.nbytes for t in planned(source, config, plan.dtype)),
+        nbytes=sum(t.nbytes for t in planned(source, config, plan.dtype, layers)),
         removed=reduced.removed,
-        layers=smaller.layers,
+        layers=layers,
         losses=smaller.losses,
         errors=smaller.errors,
         tokens=smaller.tokens,

@@ -179,19 +179,22 @@ class _Walk:
         )
         head_H, kv_head_K, spare_kv_K = find_head_twins(units["heads"], units[kv_name], unread["heads"])
         merged = {"intermediate": _copies(unit_M), "heads": _copies(head_H)}
+        muted = self._is_muted(layer)
+        # What is multiplied by zero may be anything.
         written = [
             stream.ask_writer(found)
-            for line, weight in writers.items()
+            for line, weight in ({} if muted else writers).items()
             for found in self._written(line, weight, merged)
         ]
-        self._ask_norms(layer, stream)
+        if not muted:
+            self._ask_norms(layer, stream)
         return LayerTwins(
             unit_M=unit_M,
             head_H=head_H,
             kv_head_K=kv_head_K,
             spare_kv_K=spare_kv_K,
             normed=units["heads"].normed,
-            silent=not any(written) or self._is_muted(layer),
+            silent=not any(written),
         )
 
     def _is_muted(self, layer: int) -> bool:

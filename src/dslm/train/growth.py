@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.errors import DslmError, RecipeError
 from dslm.families import Tensor
 from dslm.families.axes import Role
-from dslm.grow.axis_map import AxisMap
 from dslm.grow.maps import Growth, build_growth
 from dslm.output import recorded
 from dslm.plan import Plan
@@ -72,9 +70,10 @@ def growth_scale(tensor: Tensor, growth: Growth) -> Scale:
 
     Where entries have unequally many copies, their mean counts.
     """
+    if tensor.layer in growth.new_blocks:
+        return Scale(rate=NEW)
     what = growth.tensor_map(tensor)
-    rate, epsilon = what.factor, 1.0 / what.factor
-    added = float(tensor.layer in growth.new_blocks)
+    rate, epsilon, added = what.factor, 1.0 / what.factor, 0.0
     for axis, found in zip(tensor.spec.axes, what.axes, strict=True):
         if found is None:
             continue
@@ -92,13 +91,6 @@ def growth_scale(tensor: Tensor, growth: Growth) -> Scale:
     return Scale(rate=added * NEW + (1.0 - added) * rate, epsilon=epsilon, decay=1.0 / rate)
 
 
-def added_entries(axis: AxisMap) -> NDArray[np.bool_]:
-    """``[target]``: entries that the source did not have, new ones and every copy but the first."""
-    first = np.zeros(axis.target, dtype=bool)
-    first[np.unique(axis.source, return_index=True)[1]] = True
-    return ~first | axis.new
-
-
 def freeze_old(parameters: Iterable[tuple[torch.nn.Parameter, Tensor]], growth: Growth) -> int:
     """Let only what a growth added learn: the rest gets no gradient (LLaMA-Pro, arXiv 2401.02415).
 
@@ -114,7 +106,7 @@ def freeze_old(parameters: Iterable[tuple[torch.nn.Parameter, Tensor]], growth: 
         if tensor.layer in growth.new_blocks:
             learning += parameter.numel()
             continue
-        axes = [None if axis is None else added_entries(axis) for axis in growth.tensor_map(tensor).axes]
+        axes = [None if axis is None else axis.added for axis in growth.tensor_map(tensor).axes]
         frozen = torch.ones(parameter.shape, dtype=torch.bool)
         for position, added in enumerate(axes):
             if added is not None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
+from dslm.families.axes import Role
 from dslm.load import load_model
 from dslm.progress import Progress
 from dslm.verify.copies import MODEL_WIDE, Copies, find_copies
@@ -163,6 +164,7 @@ def _certify(checkpoint: Checkpoint, window: Tensor, progress: Progress | None) 
         if step + 1 == STEPS or not any(watch.silent.any() for watch in watches):
             break
         _step(parts)
+    _excuse_idle(watches, sizes)
     if progress:
         progress(f"training {checkpoint.name} a little", STEPS, STEPS)
     return _collect(parts, watches, copies, sizes, window.numel())
@@ -195,6 +197,24 @@ class _Watch:
         gradient = self.part.parameter.grad
         if gradient is not None and bool(self.silent.any()):
             self.silent &= (gradient == 0).all(dim=1 - self.position)
+
+
+def _excuse_idle(watches: list[_Watch], sizes: dict[str, int]) -> None:
+    """Take back what is said of FFN units whose output is read with zeros, but that could fire on another text.
+
+    Where a ReLU stays at zero on this one, the column that reads it gets no gradient either.
+    """
+    found = [(watch, watch.part.line.spec.axes[watch.position]) for watch in watches]
+    places = [(w, axis.role, unit_positions(axis, "intermediate", sizes)) for w, axis in found]
+    fed: dict[int | None, Tensor] = {}
+    for watch, role, where in places:
+        if where is not None and role is not Role.READ:
+            silent = watch.silent[where].any(dim=1)
+            layer = watch.part.line.layer
+            fed[layer] = fed[layer] | silent if layer in fed else silent
+    for watch, role, where in places:
+        if where is not None and role is Role.READ and watch.part.line.layer in fed:
+            watch.silent[where] &= fed[watch.part.line.layer][:, None]
 
 
 def _watch(part: Part) -> list[_Watch]:

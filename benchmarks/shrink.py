@@ -22,11 +22,12 @@ import torch
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
 from dslm.shrink import reconstruct
+from dslm.shrink.depth import choose_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.streams import batches
-from dslm.shrink.survey import choose_layers, few
+from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 from dslm.sizes import count_parameters
@@ -104,7 +105,7 @@ def main() -> None:
             target = target_of(source, share, method, asked.hidden, asked.layers)
             count = target.num_hidden_layers
             if count not in layers:
-                layers[count] = choose_layers(Walk(Stored(source)), few(windows.fit), count)
+                layers[count] = choose_layers(Walk(Stored(source)), windows.fit, count)
             begin, stream = time.perf_counter(), None
             if target.hidden_size != source.sizes.hidden_size:
                 rotate = method not in ("no_rotation", "magnitude")

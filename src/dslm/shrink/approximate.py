@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from dslm.progress import Progress
+from dslm.shrink.depth import choose_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
-from dslm.shrink.survey import choose_layers, few
+from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Weights
 from dslm.sizes import Sizes
@@ -36,11 +37,11 @@ def approximate(
         progress: called with a label, what is done and what there is in all.
     """
     before, where = Sizes.from_config(weights.family, weights.config), walking_device(device)
-    walk, some = Walk(weights, where), few(windows.fit)
-    layers = choose_layers(walk, some, target.num_hidden_layers, progress)
+    walk = Walk(weights, where)
+    layers = choose_layers(walk, windows.fit, target.num_hidden_layers, progress)
     stream = None
     if before.hidden_size != target.hidden_size:
-        survey = survey_stream(walk, some, tied=target.tied, progress=progress)
+        survey = survey_stream(walk, few(windows.fit), tied=target.tied, progress=progress)
         stream = survey.encoder(target.hidden_size)
     return rebuild(
         weights, target, layers, stream, windows, folder, recipe=recipe, device=where, progress=progress

@@ -1,4 +1,4 @@
-"""A pass over the teacher before shrinking: which layers can go.
+"""What a few windows say about a model: which part of them is enough, and what each layer is worth.
 
 Shape letters: B windows, T tokens.
 """
@@ -52,34 +52,3 @@ def removal_losses(
             progress("ranking layers", layer + 1, len(walk.blocks))
     with walk.head() as logits:
         return [mean_loss(logits, streams.get(i, whole), ids_BT, walk.device) for i in range(len(removals))]
-
-
-def choose_layers(
-    walk: Walk, ids_BT: Tensor, count: int, progress: Progress | None = None
-) -> tuple[int, ...]:
-    """The layers to keep: without the run whose removal costs the least loss, or without the cheapest single ones.
-
-    A run of neighbours leaves the stream elsewhere undisturbed and is usually the better choice (Gromov et al.,
-    https://arxiv.org/abs/2403.17887). The first layer always stays.
-
-    Args:
-        walk: the model.
-        ids_BT: windows to measure on, int64.
-        count: how many layers to keep.
-        progress: called with a label, blocks done and blocks in all.
-    """
-    layers = len(walk.blocks)
-    out = layers - count
-    if out == 0:
-        return tuple(range(layers))
-    runs = [frozenset(range(start, start + out)) for start in range(1, layers - out + 1)]
-    singles = [frozenset([layer]) for layer in range(1, layers)] if out > 1 else []
-    losses = removal_losses(walk, ids_BT, runs + singles, progress)
-    best = min(range(len(runs)), key=losses.__getitem__)
-    gone, loss = runs[best], losses[best]
-    if singles:
-        ranked = sorted(range(len(singles)), key=lambda i: losses[len(runs) + i])
-        cheapest = frozenset().union(*(singles[i] for i in ranked[:out]))
-        if removal_losses(walk, ids_BT, [cheapest], progress)[0] < loss:
-            gone = cheapest
-    return tuple(layer for layer in range(layers) if layer not in gone)

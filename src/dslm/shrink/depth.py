@@ -1,0 +1,139 @@
+"""Which layers can go: those whose absence the others can make up for.
+
+A block that is rebuilt before a gap aims at the teacher's stream behind it, so what counts is not what a layer does but
+what of it no linear map can do. Each gap is bridged by least squares, and the loss of the bridged model decides. That
+whole runs of layers are nearly linear maps is the observation of Gromov et al. (https://arxiv.org/abs/2403.17887) and
+Razzhigaev et al. (https://arxiv.org/abs/2405.12250).
+
+Shape letters: B windows, T tokens, N tokens of all windows, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dslm.progress import Progress
+from dslm.shrink.solve import Moments
+from dslm.shrink.streams import batches
+from dslm.shrink.walk import Walk, mean_loss
+
+Gap = tuple[int, int]
+"""The first layer that is gone, and the first one behind it that is not."""
+_WINDOWS, _JUDGED, _FITTED = 16, 128, 384
+"""So many windows; of each, so many tokens to judge by and so many others to fit bridges on, at most."""
+_ROUNDS = 3
+
+
+def choose_layers(
+    walk: Walk, ids_BT: Tensor, count: int, progress: Progress | None = None
+) -> tuple[int, ...]:
+    """The layers to keep: in up to `_ROUNDS` rounds, the run of neighbours goes that costs the least loss, bridged.
+
+    The first layer always stays.
+
+    Args:
+        walk: the model.
+        ids_BT: windows to measure on, int64.
+        count: how many layers to keep.
+        progress: called with a label, blocks done and blocks in all.
+    """
+    layers = len(walk.blocks)
+    out = layers - count
+    judged = max(2, min(_JUDGED, ids_BT.shape[1] // 4))
+    windows = ids_BT[:_WINDOWS, :judged], ids_BT[:_WINDOWS, judged : judged + _FITTED]
+    gone: frozenset[int] = frozenset()
+    rounds = min(_ROUNDS, -(-out // _ROUNDS))
+    for number in range(rounds):
+        size = (out - len(gone)) // (rounds - number)
+        left = [layer for layer in range(1, layers) if layer not in gone]
+        choices = [gone.union(left[i : i + size]) for i in range(len(left) - size + 1)]
+        losses = bridged_losses(walk, *windows, choices, progress)
+        gone = choices[min(range(len(choices)), key=losses.__getitem__)]
+    return tuple(layer for layer in range(layers) if layer not in gone)
+
+
+def bridged_losses(
+    walk: Walk,
+    ids_BT: Tensor,
+    fit_BT: Tensor,
+    removals: Sequence[frozenset[int]],
+    progress: Progress | None = None,
+) -> list[float]:
+    """Loss of the model without some of its layers, each gap bridged, for many choices in one pass over the blocks.
+
+    Args:
+        walk: the model.
+        ids_BT: windows to judge by, int64.
+        fit_BT: windows to fit the bridges on, int64.
+        removals: the layers to leave out, per choice.
+        progress: called with a label, blocks done and blocks in all.
+
+    Returns:
+        Mean cross-entropy in nats per predicted token, per choice.
+    """
+    plans = [gaps_of(gone) for gone in removals]
+    # Choices share a stream as long as they have had the same gaps.
+    histories = {plan[:length] for plan in plans for length in range(len(plan) + 1)}
+    end = {history: max(_leaves(plan, history) for plan in plans) for history in histories}
+    gaps = {gap for plan in plans for gap in plan}
+    teacher = walk.embed(fit_BT)
+    streams: dict[tuple[Gap, ...], Tensor] = {(): walk.embed(ids_BT)}
+    before: dict[int, Tensor] = {}
+    for layer in range(len(walk.blocks) + 1):
+        for gap in sorted(gap for gap in gaps if gap[1] == layer):
+            bridge_DD = _bridge(before[gap[0]], teacher)
+            for history in [history for history in streams if history[-1:] == (gap,)]:
+                streams[history] = streams[history] + streams[history] @ bridge_DD
+        before = {
+            start: kept for start, kept in before.items() if any(s == start and e > layer for s, e in gaps)
+        }
+        for history in [history for history in histories if history and history[-1][0] == layer]:
+            streams[history], before[layer] = streams[history[:-1]], teacher
+        streams = {history: stream for history, stream in streams.items() if end[history] > layer}
+        if layer == len(walk.blocks):
+            break
+        with walk.block(layer):
+            for history, stream in streams.items():
+                if not history or history[-1][1] <= layer:
+                    streams[history] = walk.run(layer, stream)
+            if before or any(start > layer for start, _ in gaps):
+                teacher = walk.run(layer, teacher)
+        if progress is not None:
+            progress("ranking layers", layer + 1, len(walk.blocks))
+    with walk.head() as logits:
+        return [mean_loss(logits, streams[plan], ids_BT, walk.device) for plan in plans]
+
+
+def gaps_of(gone: frozenset[int]) -> tuple[Gap, ...]:
+    """The gaps that some layers leave, in order."""
+    starts = sorted(layer for layer in gone if layer - 1 not in gone)
+    ends = sorted(layer + 1 for layer in gone if layer + 1 not in gone)
+    return tuple(zip(starts, ends, strict=True))
+
+
+def _leaves(plan: tuple[Gap, ...], history: tuple[Gap, ...]) -> float:
+    """The layer before which a choice leaves a history for a longer one: never, if that is all; -1 if not its own."""
+    if plan[: len(history)] != history:
+        return -1
+    return float("inf") if plan == history else plan[len(history)][0]
+
+
+def _bridge(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
+    """The map from the stream before a gap to what is added behind it, ``[D, D]``.
+
+    Tokens weigh one over the mean square of the stream behind; the ridge is as strong as the directions outnumber the
+    tokens.
+    """
+    width, length = before_BTD.shape[2], before_BTD.shape[1]
+    moments = Moments.zero(width, width, before_BTD.device)
+    for some in batches(0, len(before_BTD), length):
+        before_ND, after_ND = (stream[some].flatten(0, 1) for stream in (before_BTD, after_BTD))
+        weight_N = 1.0 / after_ND.square().mean(dim=1).clamp_min(1e-12)
+        moments.add(before_ND, after_ND - before_ND, weight_N)
+    diagonal_D = moments.gram_XX.diagonal()
+    ridge_D = diagonal_D * width / before_BTD[..., 0].numel() + diagonal_D.mean() * 1e-9 + 1e-30
+    bridge_DD: Tensor = torch.linalg.solve(moments.gram_XX + torch.diag(ridge_D), moments.cross_YX.T)
+    return bridge_DD.to(before_BTD.dtype)

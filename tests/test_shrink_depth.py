@@ -1,0 +1,108 @@
+"""Which layers go: those that a linear map can stand in for, told by the loss of the bridged model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pico
+import shrinking
+from dslm.checkpoint.reader import open_folder
+from dslm.shrink.depth import bridged_losses, choose_layers, gaps_of
+from dslm.shrink.survey import removal_losses
+from dslm.shrink.walk import Walk
+from dslm.shrink.weights import Stored
+from growing import grow, load
+
+IDS, FIT = pico.tokens(1, rows=4, length=16), pico.tokens(2, rows=12, length=20)
+
+
+def deep_source(folder, family="llama", variant="mha", layers=7):
+    """Seven layers, all of which do something."""
+    small = shrinking.make_source(folder / "small", family, variant)
+    grow(small, folder / "deep", small.sizes.replace(num_hidden_layers=layers))
+    loaded = load(folder / "deep", torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in loaded.model.layers.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return open_folder(pico.save(loaded, folder / "random")), loaded
+
+
+def bridged_by_hand(model, gone):
+    """The loss without some layers, each gap bridged: with hidden states of the stock model and lstsq in float64."""
+    layers, states = model.model.layers, {}
+    gaps = gaps_of(gone)
+
+    def streams(ids):
+        found = []
+
+        def note(module, args, kwargs):
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        places = [*layers, model.model.norm]
+        hooks = [place.register_forward_pre_hook(note, with_kwargs=True) for place in places]
+        with torch.no_grad():
+            model(ids)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    teacher = streams(FIT)
+    for start, stop in gaps:
+        x, y = (teacher[i].flatten(0, 1).double() for i in (start, stop))
+        weight = (1 / y.square().mean(1)).sqrt()[:, None]
+        gram = (x * weight).T @ (x * weight)
+        ridge = gram.diagonal() * x.shape[1] / x.shape[0] + gram.diagonal().mean() * 1e-9 + 1e-30
+        rows = torch.cat([x * weight, torch.diag(ridge.sqrt())])
+        goal = torch.cat([(y - x) * weight, torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)])
+        states[start] = torch.linalg.lstsq(rows, goal).solution.float()
+    hooks = []
+    for start, stop in gaps:
+        for layer in range(start, stop):
+
+            def stand_in(module, args, kwargs, out, bridge=states[start] if layer == start else None):
+                stream = args[0] if args else kwargs["hidden_states"]
+                return stream if bridge is None else stream + stream @ bridge
+
+            hooks.append(layers[layer].register_forward_hook(stand_in, with_kwargs=True))
+    with torch.no_grad():
+        loss = float(model(IDS, labels=IDS).loss)
+    for hook in hooks:
+        hook.remove()
+    return loss
+
+
+def test_bridged_losses_are_those_of_the_bridged_model(tmp_path):
+    source, model = deep_source(tmp_path)
+    choices = [frozenset(c) for c in ([1], [3, 4], [6], [1, 4], [1, 2, 5, 6], [2, 4, 6])]
+    found = bridged_losses(Walk(Stored(source)), IDS, FIT, choices)
+    assert found == pytest.approx([bridged_by_hand(model, gone) for gone in choices], rel=1e-4)
+    raw = removal_losses(Walk(Stored(source)), IDS, choices)
+    assert max(abs(a - b) for a, b in zip(found, raw, strict=True)) > 0.01
+
+
+@pytest.mark.parametrize(("gone", "gaps"), [([], ()), ([1], ((1, 2),)), ([1, 2, 5], ((1, 3), (5, 6)))])
+def test_gaps(gone, gaps):
+    assert gaps_of(frozenset(gone)) == gaps
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7])
+def test_so_many_layers_stay_in_order_and_the_first_always(count, tmp_path):
+    source, _ = deep_source(tmp_path)
+    kept = choose_layers(Walk(Stored(source)), FIT, count)
+    assert len(kept) == count
+    assert kept[0] == 0
+    assert list(kept) == sorted(set(kept))
+
+
+def test_layers_that_add_nothing_go_wherever_they_are(tmp_path):
+    """Four of seven in two places: no single run of four is free."""
+    _, model = deep_source(tmp_path)
+    with torch.no_grad():
+        for layer in (1, 2, 5, 6):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer].mlp.down_proj.weight.zero_()
+    source = open_folder(pico.save(model, tmp_path / "idle"))
+    assert choose_layers(Walk(Stored(source)), FIT, 3) == (0, 3, 4)

@@ -98,14 +98,15 @@ def main() -> None:
         "second": cut(tokenizer, asked.second.read_text(encoding="utf-8"), asked.evaluate, seed=1),
     }
     windows = Windows(calibration[4:], calibration[:4], checks)
-    layers: dict[int, tuple[int, ...]] = {}
+    layers: dict[tuple[int, bool], tuple[int, ...]] = {}
     rows = []
     for share in asked.keep:
         for method in asked.methods:
             target = target_of(source, share, method, asked.hidden, asked.layers)
             count = target.num_hidden_layers
-            if count not in layers:
-                layers[count] = choose_layers(Walk(Stored(source)), windows.fit, count)
+            chosen = count, RECIPES[method].solve
+            if chosen not in layers:
+                layers[chosen] = choose_layers(Walk(Stored(source)), windows.fit, count, bridge=chosen[1])
             begin, stream = time.perf_counter(), None
             if target.hidden_size != source.sizes.hidden_size:
                 rotate = method not in ("no_rotation", "magnitude")
@@ -120,7 +121,7 @@ def main() -> None:
             ):
                 recipe = RECIPES[method]
                 found = rebuild(
-                    Stored(source), target, layers[count], stream, windows, Path(folder), recipe=recipe
+                    Stored(source), target, layers[chosen], stream, windows, Path(folder), recipe=recipe
                 )
                 seconds = time.perf_counter() - begin
                 passes = sum(forward_seconds(weights, windows.all) for weights in (Stored(source), found))
@@ -131,7 +132,7 @@ def main() -> None:
                     "parameters": count_parameters(
                         source.family, target.into_config(source.family, source.config)
                     )["total"],
-                    "layers_kept": layers[count],
+                    "layers_kept": layers[chosen],
                     "intermediate_size": target.intermediate_size,
                     "hidden_size": target.hidden_size,
                     "perplexity": {

@@ -38,7 +38,9 @@ def approximate(
     """
     before, where = Sizes.from_config(weights.family, weights.config), walking_device(device)
     walk = Walk(weights, where)
-    layers = choose_layers(walk, windows.fit, target.num_hidden_layers, progress)
+    layers = choose_layers(
+        walk, windows.fit, target.num_hidden_layers, bridge=recipe.solve, progress=progress
+    )
     stream = None
     if before.hidden_size != target.hidden_size:
         survey = survey_stream(walk, few(windows.fit), tied=target.tied, progress=progress)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dslm.progress import Progress
 from dslm.shrink.solve import Moments
 from dslm.shrink.streams import batches
+from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk, mean_loss
 
 Gap = tuple[int, int]
@@ -28,9 +29,9 @@ _ROUNDS = 3
 
 
 def choose_layers(
-    walk: Walk, ids_BT: Tensor, count: int, progress: Progress | None = None
+    walk: Walk, ids_BT: Tensor, count: int, *, bridge: bool = True, progress: Progress | None = None
 ) -> tuple[int, ...]:
-    """The layers to keep: in up to `_ROUNDS` rounds, the run of neighbours goes that costs the least loss, bridged.
+    """The layers to keep: in up to `_ROUNDS` rounds, the run of neighbours goes that costs the least loss.
 
     The first layer always stays.
 
@@ -38,6 +39,7 @@ def choose_layers(
         walk: the model.
         ids_BT: windows to measure on, int64.
         count: how many layers to keep.
+        bridge: whether what goes is made up for; otherwise the loss without it decides.
         progress: called with a label, blocks done and blocks in all.
     """
     layers = len(walk.blocks)
@@ -50,7 +52,10 @@ def choose_layers(
         size = (out - len(gone)) // (rounds - number)
         left = [layer for layer in range(1, layers) if layer not in gone]
         choices = [gone.union(left[i : i + size]) for i in range(len(left) - size + 1)]
-        losses = bridged_losses(walk, *windows, choices, progress)
+        if bridge:
+            losses = bridged_losses(walk, *windows, choices, progress)
+        else:
+            losses = removal_losses(walk, windows[0], choices, progress)
         gone = choices[min(range(len(choices)), key=losses.__getitem__)]
     return tuple(layer for layer in range(layers) if layer not in gone)
 

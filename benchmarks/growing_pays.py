@@ -98,10 +98,31 @@ def learn(model: str, out: Path, data: Path, tokens: int, rate: float, seed: int
 
 def reached(curve, loss: float) -> float | None:
     """Tokens at which a curve first is at a loss, between evaluations linearly; None if never."""
+    if curve[0][1] <= loss:
+        return 0.0
     for (before, high), (after, low) in pairwise(curve):
         if low <= loss:
             return before + (after - before) * min(1.0, (high - loss) / max(1e-9, high - low))
     return None
+
+
+def gain(
+    when: float | None, tokens: int, small_tokens: int, small_flops: int, flops: int
+) -> dict[str, object]:
+    """How much less a grown model needs for the loss of the scratch model, given the tokens that it does need.
+
+    Args:
+        when: those tokens; None if it never gets there.
+        tokens: of the scratch model.
+        small_tokens: of the small model before it grew.
+        small_flops: per token of the small model.
+        flops: per token of the large ones.
+    """
+    found: dict[str, object] = {"flops_per_token": [small_flops, flops], "tokens_to_scratch": when}
+    if when is not None:
+        found["times_fewer_tokens"] = tokens / when if when else None  # it starts there
+        found["times_fewer_flops"] = tokens * flops / (when * flops + small_tokens * small_flops)
+    return found
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -164,11 +185,8 @@ def compare(asked: argparse.Namespace, place: Path, data: Path, seed: int, befor
             best = min(tried, key=lambda r: tried[r][-1][1])
             when = reached(tried[best], curve[-1][1])
             row = {"seed": seed, "run": way, "recipe": recipe, "rate": best, "curve": tried[best]}
-            row |= {"flops_per_token": flops, "tokens_to_scratch": when}
-            if when is not None:
-                row["times_fewer_tokens"] = tokens / max(1.0, when)
-                row["times_fewer_flops"] = tokens * flops[1] / (when * flops[1] + small_tokens * flops[0])
-            rows.append(row)
+            rows.append(row | gain(when, tokens, small_tokens, *flops))
+            row = rows[-1]
             shown = {k: v for k, v in row.items() if k != "curve"}
             print(shown, row["curve"][0], row["curve"][-1], flush=True)
             draw(before + rows, RESULTS / f"{asked.name}.png")

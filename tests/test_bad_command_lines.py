@@ -33,7 +33,7 @@ COMMANDS = [
     (["--num-attention-heads", "5"], 1, "num_attention_heads.*nearest legal num_attention_heads"),
     (["--num-key-value-heads", "3"], 1, "num_key_value_heads|num_attention_heads"),
     (["--num-key-value-heads", "1"], 1, "num_key_value_heads 1.*dslm down"),
-    (["--num-hidden-layers", "6"], 2, "num-hidden-layers"),
+    (["--num-hidden-layers", "1"], 1, "num_hidden_layers 1.*dslm down"),
     (["--params", "1"], 1, "smaller than the source's.*dslm down"),
     (["--params", "0"], 1, "'0' is not a positive number"),
     (["--params", "-5M"], 1, "'-5M' is not a positive number"),

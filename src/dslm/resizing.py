@@ -85,13 +85,14 @@ def resize(
         )
     check_plan(plan, source.family, source.config)
     config = target_config(source, plan)
-    growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
-    tensors = planned(source, config, plan.dtype, growth.layers)
+    layers = origins(plan.source.num_hidden_layers, plan.target.num_hidden_layers)
+    tensors = planned(source, config, plan.dtype, layers)
     check_place(source, tensors, out, overwrite=overwrite)
+    growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))
     split = split_named(plan.split, plan.snr_db)
 
     def rows(tensor: Tensor, target: Planned) -> Iterator[torch.Tensor]:
-        name = origin(source, tensor, growth.layers)
+        name = origin(source, tensor, layers)
         return grown_rows(
             tensor,
             growth.tensor_map(tensor),
@@ -111,7 +112,7 @@ def resize(
         rows,
         label="growing",
         methods=citations,
-        layers=growth.layers,
+        layers=layers,
         overwrite=overwrite,
         check=check,
         progress=progress,

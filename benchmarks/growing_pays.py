@@ -129,7 +129,7 @@ def draw(rows: list[dict], path: Path) -> None:
     """Held-out loss against tokens, the mean over seeds: from scratch in black or grey, each way in its colour."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     curves: dict[tuple[str, bool], list] = {}
     for row in rows:
@@ -146,7 +146,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.set_xlabel("bytes read after growing")
     axes.set_ylabel("held-out loss, nats per byte")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
 
 

@@ -11,6 +11,7 @@ Shape letters: B windows, T tokens, N tokens of all windows, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ Gap = tuple[int, int]
 """The first layer that is gone, and the first one behind it that is not."""
 _WINDOWS, _JUDGED, _FITTED = 16, 128, 384
 """So many windows; of each, so many tokens to judge by and so many others to fit bridges on, at most."""
-_ROUNDS = 3
+_ROUNDS, _RUN = 3, 3
+"""Rounds at most; so many layers go in one before there is another."""
 
 
 def choose_layers(
@@ -47,7 +49,7 @@ def choose_layers(
     judged = max(2, min(_JUDGED, ids_BT.shape[1] // 4))
     windows = ids_BT[:_WINDOWS, :judged], ids_BT[:_WINDOWS, judged : judged + _FITTED]
     gone: frozenset[int] = frozenset()
-    rounds = min(_ROUNDS, -(-out // _ROUNDS))
+    rounds = min(_ROUNDS, ceil(out / _RUN))
     for number in range(rounds):
         size = (out - len(gone)) // (rounds - number)
         left = [layer for layer in range(1, layers) if layer not in gone]

@@ -24,8 +24,8 @@ from dslm.shrink.walk import Walk, mean_loss
 
 Gap = tuple[int, int]
 """The first layer that is gone, and the first one behind it that is not."""
-_WINDOWS, _JUDGED, _FITTED = 16, 128, 384
-"""So many windows; of each, so many tokens to judge by and so many others to fit bridges on, at most."""
+_JUDGED, _FITTED = 4096, 384
+"""So many tokens to judge by, the first quarter of each window, and so many others of it to fit bridges on, at most."""
 _ROUNDS, _RUN = 3, 3
 """Rounds at most; so many layers go in one before there is another."""
 
@@ -46,8 +46,9 @@ def choose_layers(
     """
     layers = len(walk.blocks)
     out = layers - count
-    judged = max(2, min(_JUDGED, ids_BT.shape[1] // 4))
-    windows = ids_BT[:_WINDOWS, :judged], ids_BT[:_WINDOWS, judged : judged + _FITTED]
+    judged = max(2, ids_BT.shape[1] // 4)
+    some_BT = ids_BT[: max(1, _JUDGED // judged)]
+    windows = some_BT[:, :judged], some_BT[:, judged : judged + _FITTED]
     gone: frozenset[int] = frozenset()
     rounds = min(_ROUNDS, ceil(out / _RUN))
     for number in range(rounds):

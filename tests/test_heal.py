@@ -11,10 +11,7 @@ import training
 from calling import one_line
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = training.WARNINGS
 
 
 def test_down_heals_in_one_go(call, model, data, tmp_path):

@@ -16,10 +16,7 @@ from tokenizing import add_tokenizer
 from training import QUICK, metrics
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = training.WARNINGS
 
 
 def test_full_training_writes_a_plain_checkpoint_that_learned(call, model, data, tmp_path):

@@ -12,10 +12,7 @@ from tokenizing import add_tokenizer
 from training import QUICK
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = training.WARNINGS
 
 
 def test_a_model_that_is_too_narrow_for_four_bits_is_refused(call, model, data, tmp_path):

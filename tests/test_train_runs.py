@@ -17,10 +17,7 @@ from calling import one_line
 from training import QUICK, metrics
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = training.WARNINGS
 
 
 def test_a_run_goes_on_after_kill_9(call, model, data, tmp_path):

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+WARNINGS = [
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+"""Marks of tests that train: what other packages warn of."""
 QUICK = ("--block-size", 16, "--batch-size", 2, "--lr", 1e-2, "--max-steps", 20, "--device", "cpu")
 
 

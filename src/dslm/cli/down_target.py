@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dslm.cli.common import progress_bar
-from dslm.cli.sizes import refuse_two_ways, sizes_of
+from dslm.cli.sizes import named_sizes, sizes_of
 from dslm.errors import RecipeError
 from dslm.plan import SHRUNK
 from dslm.sizes import Sizes, count_parameters
@@ -25,16 +25,15 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
         RecipeError: two ways of asking were mixed.
         SizeError: what is asked for is not legal.
     """
-    named = {word: options[word] for word in SHRUNK if options[word] is not None}
     hidden_by, ffn_by = options["embed_dim_divisor"], options["up_proj_divisor"]
-    asked = {
-        "--params": options["params"],
-        "--keep-ratio": options["keep_ratio"],
-        "--like": options["like_model"],
-        "divisors": hidden_by if hidden_by is not None else ffn_by,
-        "sizes by name": named or None,
-    }
-    refuse_two_ways(asked, named, "divisors", {"hidden_size": hidden_by, "intermediate_size": ffn_by})
+    others = {"--params": options["params"], "--keep-ratio": options["keep_ratio"]}
+    named = named_sizes(
+        options,
+        SHRUNK,
+        others | {"--like": options["like_model"]},
+        "divisors",
+        {"hidden_size": hidden_by, "intermediate_size": ffn_by},
+    )
     family, config = source.family, source.config
     if options["params"] is not None or options["keep_ratio"] is not None:
         wanted = wanted_parameters(source, options)

@@ -70,20 +70,31 @@ def refuse_beside_plan(context: click.Context, free: frozenset[str] = FREE_BESID
             )
 
 
-def refuse_two_ways(
-    asked: Mapping[str, Any], named: Mapping[str, int], factors: str, factored: Mapping[str, Any]
-) -> None:
-    """Refuse to be asked for a size in two ways; factors and sizes by name go together where they do not overlap.
+def named_sizes(
+    options: Mapping[str, Any],
+    words: Sequence[str],
+    others: Mapping[str, Any],
+    factors: str,
+    factored: Mapping[str, Any],
+) -> dict[str, int]:
+    """The sizes given by name; factors go together with them where they do not overlap, and no other way does.
 
     Args:
-        asked: way of asking -> what was given, None if nothing.
-        named: the sizes given by name.
-        factors: the way that factors are.
+        options: of the command.
+        words: the sizes that it takes by name.
+        others: other way of asking -> what was given, None if nothing.
+        factors: what factors are called.
         factored: size -> its factor, None if there is none.
 
     Raises:
         RecipeError: two ways were mixed.
     """
+    named = {word: options[word] for word in words if options[word] is not None}
+    asked = {
+        **others,
+        factors: next((factor for factor in factored.values() if factor is not None), None),
+        "sizes by name": named or None,
+    }
     ways = [way for way, given in asked.items() if given is not None]
     if len(ways) > 1 and set(ways) != {factors, "sizes by name"}:
         raise RecipeError(f"{' and '.join(ways)} were given", "ask for the size in one way")
@@ -92,6 +103,7 @@ def refuse_two_ways(
             raise RecipeError(
                 f"{word} was given by name and by {factors.removesuffix('s')}", "ask for the size in one way"
             )
+    return named
 
 
 def sizes_of(model: str) -> Sizes:

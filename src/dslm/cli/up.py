@@ -24,12 +24,12 @@ from dslm.cli.sizes import (
     change_rows,
     default_output,
     dry_run_option,
+    named_sizes,
     output_option,
     overwrite_option,
     plan_option,
     recorded_name,
     refuse_beside_plan,
-    refuse_two_ways,
     seed_option,
     size_options,
     sizes_of,
@@ -169,16 +169,14 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
         RecipeError: two ways of asking were mixed.
         SizeError: what is asked for is not legal.
     """
-    named = {word: options[word] for word in GROWN if options[word] is not None}
     hidden_times, ffn_times = options["embed_dim_multiplier"], options["up_proj_multiplier"]
-    asked = {
-        "--params": options["params"],
-        "--like": options["like_model"],
-        "multipliers": hidden_times if hidden_times is not None else ffn_times,
-        "sizes by name": named or None,
-    }
-    factored = {"hidden_size": hidden_times, "intermediate_size": ffn_times}
-    refuse_two_ways(asked, named, "multipliers", factored)
+    named = named_sizes(
+        options,
+        GROWN,
+        {"--params": options["params"], "--like": options["like_model"]},
+        "multipliers",
+        {"hidden_size": hidden_times, "intermediate_size": ffn_times},
+    )
     family, config = source.family, source.config
     if options["params"] is not None:
         wanted = parse_count(options["params"])

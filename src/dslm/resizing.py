@@ -17,7 +17,6 @@ from dslm.errors import RecipeError
 from dslm.families import Tensor
 from dslm.grow import METHODS, blocks
 from dslm.grow.apply import grown_rows
-from dslm.grow.blocks import origins
 from dslm.grow.maps import build_growth
 from dslm.grow.split import split_named
 from dslm.output import Check, check_place, origin, planned, write_output
@@ -49,7 +48,7 @@ def target_config(source: Checkpoint, plan: Plan) -> dict[str, Any]:
     before, after = plan.source.num_hidden_layers, plan.target.num_hidden_layers
     if before != after:
         config = listed_config(family, config)
-    return with_dtype(resized_config(family, config, plan.target, origins(before, after)), plan.dtype)
+    return with_dtype(resized_config(family, config, plan.target, blocks.origins(before, after)), plan.dtype)
 
 
 def resize(
@@ -85,7 +84,7 @@ def resize(
         )
     check_plan(plan, source.family, source.config)
     config = target_config(source, plan)
-    layers = origins(plan.source.num_hidden_layers, plan.target.num_hidden_layers)
+    layers = blocks.origins(plan.source.num_hidden_layers, plan.target.num_hidden_layers)
     tensors = planned(source, config, plan.dtype, layers)
     check_place(source, tensors, out, overwrite=overwrite)
     growth = build_growth(source.family, source.config, plan, torch_dtype(plan.dtype or source.dtype))

@@ -51,7 +51,6 @@ class Growth:
         sizes: source size of every dimension.
         table_factor: scale of the input table beyond its amplitudes (Gemma's multiplier).
         final_factor: scale of the last norm's output, which a tied table asks for.
-        layers: the source block of each target block.
         new_blocks: which target blocks the source did not have.
     """
 
@@ -60,7 +59,6 @@ class Growth:
     sizes: Mapping[str, int]
     table_factor: float
     final_factor: float
-    layers: tuple[int, ...]
     new_blocks: frozenset[int]
 
     def tensor_map(self, tensor: Tensor) -> TensorMap:
@@ -141,15 +139,13 @@ def build_growth(family: Family, config: Config, plan: Plan, dtype: torch.dtype)
     if heads != (target.num_attention_heads, target.num_key_value_heads):
         maps.update(METHODS[plan.methods["num_attention_heads"]].heads(family, source, target, plan.seed))
     table_factor, final_factor = _table_factors(family, config, plan, dtype)
-    layers = origins(source.num_hidden_layers, target.num_hidden_layers)
     return Growth(
         family=family,
         maps=maps,
         sizes=family.dimensions(config),
         table_factor=table_factor,
         final_factor=final_factor,
-        layers=layers,
-        new_blocks=new_blocks(layers),
+        new_blocks=new_blocks(origins(source.num_hidden_layers, target.num_hidden_layers)),
     )
 
 

@@ -208,13 +208,19 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--recipes", nargs="+", default=["plain", "growth"])
     parser.add_argument("--name", default="growing_pays", help="of the result and its picture")
+    parser.add_argument("--go-on", action="store_true", help="keep the seeds that the saved result has")
     asked = parser.parse_args()
     tokens, small_tokens = parse_count(asked.tokens), parse_count(asked.small_tokens)
     rows = []
+    if asked.go_on:
+        saved = json.loads((RESULTS / f"{asked.name}.json").read_text(encoding="utf-8"))
+        if (saved["tokens"], saved["small_tokens"]) != (tokens, small_tokens):
+            raise SystemExit("The saved result is about other numbers of tokens.")
+        rows = saved["rows"]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         data = corpus(place, 2 * max(tokens, small_tokens))
-        for seed in range(asked.seeds):
+        for seed in sorted(set(range(asked.seeds)) - {row["seed"] for row in rows}):
             rows += compare(asked, place, data, seed, rows)
 
 

@@ -9,17 +9,13 @@ Run: ``python benchmarks/grow_sharded.py --work FOLDER [--layers 32] [--runs 1]`
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-from dslm.checkpoint.writer import Planned, Writer
-from dslm.families import load_family
 from measure import copy_with_fsync, folder_bytes, interleaved, run, save
+from synthetic import write_checkpoint
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,23 +32,6 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-PIECE = 1 << 24
-
-
-def make(folder: Path, layers: int) -> None:
-    """Write the synthetic source in the usual 5 GB shards."""
-    config = CONFIG | {"num_hidden_layers": layers}
-    tensors = [Planned(t.name, "BF16", t.shape) for t in load_family("llama").layout(config).values()]
-    values = (0.02 * torch.randn(PIECE, generator=torch.Generator().manual_seed(0))).bfloat16()
-    with Writer(folder, tensors) as writer:
-        for path, shard in writer.order:
-            writer.start_shard(path, shard)
-            for tensor in shard:
-                count = tensor.nbytes // 2
-                writer.write(tensor, (values[: min(PIECE, count - i)] for i in range(0, count, PIECE)))
-        writer.add_text("config.json", json.dumps(config))
-        writer.seal()
-        writer.publish()
 
 
 def main() -> None:
@@ -65,7 +44,7 @@ def main() -> None:
     source, out = options.work / "source", options.work / "grown"
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
-    make(source, options.layers)
+    write_checkpoint(source, CONFIG | {"num_hidden_layers": options.layers})
 
     def grow() -> dict[str, float]:
         shutil.rmtree(out, ignore_errors=True)

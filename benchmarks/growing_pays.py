@@ -20,8 +20,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.plan import plan_growth
@@ -31,6 +30,7 @@ from dslm.targets import parse_count
 from dslm.train.run import train_checkpoint
 from dslm.train.settings import Training
 from measure import RESULTS, save
+from synthetic import save_byte_tokenizer
 
 WAYS = {
     "even": {"split": "even"},
@@ -73,15 +73,7 @@ def fresh(place: Path, hidden: int, layers: int, seed: int) -> str:
         max_position_embeddings=1024, eos_token_id=256, bos_token_id=256, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(place)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<end>": 256}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>").save_pretrained(
-        place
-    )
+    save_byte_tokenizer(place)
     return str(place)
 
 

@@ -22,7 +22,7 @@ import torch
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
 from dslm.shrink import reconstruct
-from dslm.shrink.depth import choose_layers
+from dslm.shrink.approximate import choose_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
@@ -30,7 +30,7 @@ from dslm.shrink.streams import batches
 from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
-from dslm.sizes import count_parameters
+from dslm.sizes import Sizes, count_parameters
 from dslm.targets_down import shrink_candidates
 from held_out import articles, cut
 from measure import save
@@ -98,16 +98,12 @@ def main() -> None:
         "second": cut(tokenizer, asked.second.read_text(encoding="utf-8"), asked.evaluate, seed=1),
     }
     windows = Windows(calibration[4:], calibration[:4], checks)
-    layers: dict[tuple[int, bool], tuple[int, ...]] = {}
+    layers: dict[tuple[Sizes, bool], tuple[int, ...]] = {}
     rows = []
     for share in asked.keep:
         for method in asked.methods:
             target = target_of(source, share, method, asked.hidden, asked.layers)
-            count = target.num_hidden_layers
-            chosen = count, RECIPES[method].solve
-            if chosen not in layers:
-                layers[chosen] = choose_layers(Walk(Stored(source)), windows.fit, count, bridge=chosen[1])
-            begin, stream = time.perf_counter(), None
+            recipe, begin, stream = RECIPES[method], time.perf_counter(), None
             if target.hidden_size != source.sizes.hidden_size:
                 rotate = method not in ("no_rotation", "magnitude")
                 survey = survey_stream(
@@ -119,7 +115,13 @@ def main() -> None:
                 tempfile.TemporaryDirectory() as folder,
                 mock.patch.object(reconstruct, "unit_scores", scores or reconstruct.unit_scores),
             ):
-                recipe = RECIPES[method]
+                chosen = target, recipe.solve
+                if chosen not in layers:
+                    best = Recipe(solve=recipe.solve)
+                    layers[chosen] = choose_layers(
+                        Stored(source), target, stream, windows, Path(folder), recipe=best
+                    )
+                chose = time.perf_counter() - begin
                 found = rebuild(
                     Stored(source), target, layers[chosen], stream, windows, Path(folder), recipe=recipe
                 )
@@ -139,6 +141,7 @@ def main() -> None:
                         text: [math.exp(loss) for loss in pair] for text, pair in found.losses.items()
                     },
                     "seconds": seconds,
+                    "seconds_of_choosing_layers": chose,
                     "seconds_of_both_forward_passes": passes,
                 }
             )

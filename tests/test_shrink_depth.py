@@ -8,7 +8,10 @@ import torch
 import pico
 import shrinking
 from dslm.checkpoint.reader import open_folder
-from dslm.shrink.depth import bridged_losses, choose_layers, gaps_of
+from dslm.shrink.approximate import approximate
+from dslm.shrink.depth import bridged_losses, gaps_of, likely_layers
+from dslm.shrink.rebuild import Windows, rebuild
+from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
@@ -91,7 +94,7 @@ def test_gaps(gone, gaps):
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7])
 def test_so_many_layers_stay_in_order_and_the_first_always(count, tmp_path):
     source, _ = deep_source(tmp_path)
-    kept = choose_layers(Walk(Stored(source)), FIT, count)
+    kept, *_ = likely_layers(Walk(Stored(source)), FIT, count)
     assert len(kept) == count
     assert kept[0] == 0
     assert list(kept) == sorted(set(kept))
@@ -105,4 +108,40 @@ def test_layers_that_add_nothing_go_wherever_they_are(tmp_path):
             model.model.layers[layer].self_attn.o_proj.weight.zero_()
             model.model.layers[layer].mlp.down_proj.weight.zero_()
     source = open_folder(pico.save(model, tmp_path / "idle"))
-    assert choose_layers(Walk(Stored(source)), FIT, 3) == (0, 3, 4)
+    assert likely_layers(Walk(Stored(source)), FIT, 3)[0] == (0, 3, 4)
+
+
+def windows_of(source):
+    return Windows(pico.tokens(5, rows=24, length=24), pico.tokens(6, rows=12, length=24), {})
+
+
+def rebuilt_losses(source, target, choices, folder):
+    losses = []
+    for number, layers in enumerate(choices):
+        (folder / str(number)).mkdir()
+        found = rebuild(Stored(source), target, layers, None, windows_of(source), folder / str(number))
+        losses.append(found.losses["held-out"][1])
+    return losses
+
+
+def test_of_the_likely_choices_the_one_that_is_best_after_rebuilding_is_taken(tmp_path):
+    source, _ = deep_source(tmp_path)
+    target = source.sizes.replace(num_hidden_layers=5, intermediate_size=source.sizes.intermediate_size // 2)
+    likely = likely_layers(Walk(Stored(source)), windows_of(source).fit, 5)[:3]
+    losses = rebuilt_losses(source, target, likely, tmp_path)
+    best = likely[losses.index(min(losses))]
+    assert best != likely[0]  # otherwise this shows nothing
+    found = approximate(Stored(source), target, windows_of(source), tmp_path, recipe=Recipe())
+    assert found.base.layers == best
+    assert found.losses["held-out"][1] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_slicing_takes_the_layers_without_which_the_loss_is_least(tmp_path):
+    source, _ = deep_source(tmp_path)
+    target = source.sizes.replace(num_hidden_layers=5)
+    found = approximate(Stored(source), target, windows_of(source), tmp_path, recipe=Recipe(solve=False))
+    runs = [frozenset((i, i + 1)) for i in range(1, 6)]
+    fit = windows_of(source).fit
+    losses = removal_losses(Walk(Stored(source)), fit[:, : fit.shape[1] // 4], runs)
+    gone = runs[losses.index(min(losses))]
+    assert found.base.layers == tuple(layer for layer in range(7) if layer not in gone)

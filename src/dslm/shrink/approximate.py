@@ -1,18 +1,26 @@
-"""From what the exact stage left to smaller sizes: the layers that stay, the stream's encoder, the rebuilding."""
+"""From what the exact stage left to smaller sizes: the stream's encoder, the layers that stay, the rebuilding."""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from dslm.progress import Progress
-from dslm.shrink.depth import choose_layers
+from dslm.shrink.depth import likely_layers
 from dslm.shrink.encoder import survey_stream
+from dslm.shrink.fold import Encoder
 from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Weights
 from dslm.sizes import Sizes
+
+_BUILT, _TOKENS = 3, 4096
+"""So many likely choices of layers are built, on so many tokens at most, and measured on so many others."""
 
 
 def approximate(
@@ -37,14 +45,50 @@ def approximate(
         progress: called with a label, what is done and what there is in all.
     """
     before, where = Sizes.from_config(weights.family, weights.config), walking_device(device)
-    walk = Walk(weights, where)
-    layers = choose_layers(
-        walk, windows.fit, target.num_hidden_layers, bridge=recipe.solve, progress=progress
-    )
     stream = None
     if before.hidden_size != target.hidden_size:
-        survey = survey_stream(walk, few(windows.fit), tied=target.tied, progress=progress)
+        survey = survey_stream(Walk(weights, where), few(windows.fit), tied=target.tied, progress=progress)
         stream = survey.encoder(target.hidden_size)
+    layers = choose_layers(
+        weights, target, stream, windows, folder, recipe=recipe, device=where, progress=progress
+    )
     return rebuild(
         weights, target, layers, stream, windows, folder, recipe=recipe, device=where, progress=progress
     )
+
+
+def choose_layers(
+    weights: Weights,
+    target: Sizes,
+    stream: Encoder | None,
+    windows: Windows,
+    folder: Path,
+    *,
+    recipe: Recipe,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[int, ...]:
+    """The layers that stay: of the most likely choices the one whose model is best after it was rebuilt on few tokens.
+
+    Arguments as of `rebuild`.
+    """
+    count = target.num_hidden_layers
+    likely = likely_layers(Walk(weights, device), windows.fit, count, bridge=recipe.solve, progress=progress)
+    if not recipe.solve or len(likely) == 1:
+        return likely[0]
+    most, likely = max(1, _TOKENS // windows.fit.shape[1]), likely[:_BUILT]
+    some = Windows(windows.fit[:most], windows.held_out[:most], {})
+    losses = []
+    for number, layers in enumerate(likely):
+
+        def part(label: str, done: int, whole: int, number: int = number) -> None:
+            if progress is not None:
+                progress("comparing layers", number * whole + done, len(likely) * whole)
+
+        with tempfile.TemporaryDirectory(dir=folder) as room:
+            built = rebuild(
+                weights, target, layers, stream, some, Path(room), recipe=replace(recipe, refine=0),
+                device=device, progress=part,
+            )  # fmt: skip
+        losses.append(built.losses["held-out"][1])
+    return likely[min(range(len(likely)), key=losses.__getitem__)]

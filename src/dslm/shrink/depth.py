@@ -30,12 +30,13 @@ _ROUNDS, _RUN = 3, 3
 """Rounds at most; so many layers go in one before there is another."""
 
 
-def choose_layers(
+def likely_layers(
     walk: Walk, ids_BT: Tensor, count: int, *, bridge: bool = True, progress: Progress | None = None
-) -> tuple[int, ...]:
-    """The layers to keep: in up to `_ROUNDS` rounds, the run of neighbours goes that costs the least loss.
+) -> list[tuple[int, ...]]:
+    """Choices of layers to keep, the one that costs the least loss first.
 
-    The first layer always stays.
+    In up to `_ROUNDS` rounds a run of neighbours goes; the choices differ in that of the last round. The first layer
+    always stays.
 
     Args:
         walk: the model.
@@ -49,9 +50,10 @@ def choose_layers(
     judged = max(2, ids_BT.shape[1] // 4)
     some_BT = ids_BT[: max(1, _JUDGED // judged)]
     windows = some_BT[:, :judged], some_BT[:, judged : judged + _FITTED]
-    gone: frozenset[int] = frozenset()
+    choices = [frozenset[int]()]
     rounds = min(_ROUNDS, ceil(out / _RUN))
     for number in range(rounds):
+        gone = choices[0]
         size = (out - len(gone)) // (rounds - number)
         left = [layer for layer in range(1, layers) if layer not in gone]
         choices = [gone.union(left[i : i + size]) for i in range(len(left) - size + 1)]
@@ -59,8 +61,8 @@ def choose_layers(
             losses = bridged_losses(walk, *windows, choices, progress)
         else:
             losses = removal_losses(walk, windows[0], choices, progress)
-        gone = choices[min(range(len(choices)), key=losses.__getitem__)]
-    return tuple(layer for layer in range(layers) if layer not in gone)
+        choices = [choices[i] for i in sorted(range(len(choices)), key=losses.__getitem__)]
+    return [tuple(layer for layer in range(layers) if layer not in gone) for gone in choices]
 
 
 def bridged_losses(

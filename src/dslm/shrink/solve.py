@@ -125,13 +125,14 @@ class Ridge:
         residual_YX = (moments.cross_YX - prior_YX.double() @ moments.gram_XX) @ basis_XX
         return cls(values_X.clamp_min(0.0), basis_XX, residual_YX)
 
-    def step(self, strength: float) -> Tensor:
-        """``W - W0`` in the eigenbasis, ``[Y, X]``."""
-        return self.residual_YX / (self.values_X + strength)
+    def factors(self, strength: float) -> Tensor:
+        """``1 / (v + strength)``, which makes ``W - W0`` of ``R``, in the eigenbasis."""
+        return 1.0 / (self.values_X + strength)
 
-    def weights(self, prior_YX: Tensor, strength: float) -> Tensor:
-        """The solution for one strength, in float64."""
-        return prior_YX.double() + self.step(strength) @ self.basis_XX.T
+    def weights(self, prior_YX: Tensor, strength: float, rows: slice = slice(None)) -> Tensor:
+        """Some rows of the solution for one strength, in float64."""
+        step_YX = self.residual_YX[rows] * self.factors(strength)
+        return prior_YX[rows].double() + step_YX @ self.basis_XX.T
 
 
 def solve(
@@ -161,26 +162,29 @@ def solve(
         )
     system = Ridge.prepare(fit, prior_YX)
     before_Y = held_out.error_Y(prior_YX)
-    # The error of W0 + S B^T on held-out tokens is that of W0, less what the step S gains, in the eigenbasis.
+    # The error of W0 + R F B^T on held-out tokens, with F = diag(1 / (v + strength)), is that of W0 and
+    # tr(F R^T R F H) - 2 tr(F R^T G), where H and G are the held-out moments in the eigenbasis.
     gram_XX = system.basis_XX.T @ held_out.gram_XX @ system.basis_XX
     gain_YX = (held_out.cross_YX - prior_YX.double() @ held_out.gram_XX) @ system.basis_XX
-    change: dict[float | None, Tensor] = {None: torch.zeros_like(before_Y)}
-    for strength in ridges:
-        step_YX = system.step(strength)
-        change[strength] = (step_YX @ gram_XX * step_YX).sum(dim=1) - 2.0 * (step_YX * gain_YX).sum(dim=1)
+    factors_X = {strength: system.factors(strength) for strength in ridges}
     found = {}
     for name, rows in parts.items():
-        best = min(change, key=lambda strength: float(change[strength][rows].sum()))
+        residual_YX = system.residual_YX[rows]
+        quadratic_XX = (residual_YX.T @ residual_YX) * gram_XX
+        linear_X = (residual_YX * gain_YX[rows]).sum(dim=0)
+        change: dict[float | None, float] = {None: 0.0}
+        for strength, factor_X in factors_X.items():
+            change[strength] = float(factor_X @ quadratic_XX @ factor_X - 2.0 * linear_X @ factor_X)
+        best = min(change, key=change.__getitem__)
         total = max(float(held_out.power_Y[rows].sum()), torch.finfo(torch.float64).tiny)
         before = float(before_Y[rows].sum())
         weight_YX = prior_YX[rows]
         if best is not None:
-            step_YX = system.step(best)[rows]
-            weight_YX = (weight_YX.double() + step_YX @ system.basis_XX.T).to(prior_YX.dtype)
+            weight_YX = system.weights(prior_YX, best, rows).to(prior_YX.dtype)
         found[name] = Solution(
             weight_YX=weight_YX,
             ridge=best,
             before=max(before, 0.0) / total,
-            after=max(before + float(change[best][rows].sum()), 0.0) / total,
+            after=max(before + change[best], 0.0) / total,
         )
     return found

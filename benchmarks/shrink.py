@@ -21,7 +21,7 @@ import torch
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
-from dslm.shrink import reconstruct
+from dslm.shrink import select
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Windows, rebuild
@@ -113,7 +113,7 @@ def main() -> None:
             scores = (lambda power, writer: writer.norm(dim=0)) if method == "magnitude" else None
             with (
                 tempfile.TemporaryDirectory() as folder,
-                mock.patch.object(reconstruct, "unit_scores", scores or reconstruct.unit_scores),
+                mock.patch.object(select, "unit_scores", scores or select.unit_scores),
             ):
                 chosen = target, recipe.solve
                 if chosen not in layers:

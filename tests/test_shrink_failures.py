@@ -149,7 +149,8 @@ def test_a_model_that_writes_no_numbers_cannot_calibrate_itself(tmp_path, capsys
 # ---------------------------------------------------------------- Ctrl-C
 
 LABELS = [
-    "looking for copies", "writing calibration text", "ranking layers", "ranking channels", "shrinking", "writing"
+    "looking for copies", "writing calibration text", "ranking channels", "ranking layers", "comparing layers",
+    "shrinking", "writing",
 ]  # fmt: skip
 
 

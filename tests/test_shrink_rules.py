@@ -21,7 +21,7 @@ from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.select import top
 from dslm.shrink.weights import Stored
 from growing import grow, load, logits, off
-from pico import make_model, read_config, tokens
+from pico import make_model, read_config, save, tokens
 from test_exact_stage import written
 from test_rules import not_normed, with_line, without_table_fields
 
@@ -292,15 +292,11 @@ def test_layers_that_are_told_by_their_number_stay_what_they_are(family, variant
 # ---------------------------------------------------------------- re-reading
 
 
-def constant_units(model: PreTrainedModel) -> None:
-    """Half of the units do not vary, and each adds less than any other unit, but they all pull one way."""
-    for layer in model.model.layers:
-        layer.mlp.gate_proj.weight[:24] *= 1e-3
-        layer.mlp.up_proj.weight[:24] *= 1e-3
-        layer.mlp.gate_proj.bias[:24] = 4.0
-        layer.mlp.up_proj.bias[:24] = 1.0
-        layer.mlp.down_proj.weight[:, :24] = layer.mlp.down_proj.weight[:, :1]
-        layer.mlp.down_proj.weight[:, 24:] *= 10
+def constant_block(model: PreTrainedModel) -> None:
+    """What the second block adds is large and the same for all tokens."""
+    for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        linear.weight.zero_()
+        linear.bias.normal_(0, 3, generator=torch.Generator().manual_seed(0))
 
 
 def sinks(model: PreTrainedModel) -> None:
@@ -319,23 +315,44 @@ ALL_ADD = instead(reconstruct, "anatomy", adding)
 NO_BIAS = instead(reconstruct, "_bias", lambda _: lambda walk, name: None)
 ALL_ALIKE = instead(rebuild, "Recipe", lambda recipe: lambda: recipe(weigh_tokens=False))
 FITS = {
-    "a norm behind the writers": Rule("olmo2", "mha", ALL_ADD, worse=1.4),
-    "norms on both sides": Rule("gemma2", "windows-softcaps", ALL_ADD, worse=1.25),
-    "biases are fitted": Rule("llama", "biases", NO_BIAS, plant=constant_units, worse=10),
-    "large tokens count no more": Rule("llama", "mha", ALL_ALIKE, plant=sinks, worse=10),
+    "a norm behind the writers": (Rule("olmo2", "mha", ALL_ADD, worse=1.4), (0, 1, 2)),
+    "norms on both sides": (Rule("gemma2", "windows-softcaps", ALL_ADD, worse=1.25), (0, 1, 2)),
+    "biases are fitted": (Rule("llama", "biases", NO_BIAS, plant=constant_block, worse=10), (0, 2)),
+    "large tokens count no more": (Rule("llama", "mha", ALL_ALIKE, plant=sinks, worse=10), (0, 1, 2)),
 }
 
 
-@pytest.mark.parametrize("rule", FITS.values(), ids=FITS.keys())
-def test_a_fit_needs_the_rule(rule, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("rule", "layers"), FITS.values(), ids=FITS.keys())
+def test_a_fit_needs_the_rule(rule, layers, tmp_path, monkeypatch):
     rule.save(tmp_path)
     source = open_folder(tmp_path)
-    target = source.sizes.replace(intermediate_size=24)
+    units = 24 if len(layers) == 3 else source.sizes.intermediate_size
+    target = source.sizes.replace(intermediate_size=units, num_hidden_layers=len(layers))
 
     def error() -> float:
         windows = shrinking.windows(fit=64)
-        return sum(rebuild.rebuild(Stored(source), target, (0, 1, 2), None, windows, tmp_path).errors)
+        return sum(rebuild.rebuild(Stored(source), target, layers, None, windows, tmp_path).errors)
 
     with_rule = error()
     rule.without(monkeypatch)
     assert error() > rule.worse * with_rule
+
+
+def test_of_units_that_were_copies_before_they_were_trained_one_stays(tmp_path, monkeypatch):
+    """A model grown to twice its FFN, with noise on every weight: no longer copies, so nothing is redundant."""
+    small = shrinking.make_source(tmp_path / "small", "llama", "mha")
+    grow(small, tmp_path / "grown", small.sizes.replace(intermediate_size=2 * small.sizes.intermediate_size))
+    model, generator = load(tmp_path / "grown", torch.float32), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=generator)
+    source = open_folder(save(model, tmp_path / "trained"))
+
+    def error() -> float:
+        windows = shrinking.windows(fit=64)
+        return rebuild.rebuild(Stored(source), small.sizes, (0, 1, 2), None, windows, tmp_path).errors[-1]
+
+    together = error()
+    alone = instead(reconstruct, "keep_units", lambda keep: lambda *a, refitted: keep(*a, refitted=False))
+    alone(monkeypatch)
+    assert error() > 4 * together

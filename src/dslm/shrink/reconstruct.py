@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.refine import refine
-from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
+from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
 from dslm.shrink.streams import Streams
 from dslm.shrink.tap import Anatomy, Stage, anatomy, tap, watch
@@ -104,36 +104,44 @@ class Rebuilder:
         units_change = self.source.intermediate_size != self.target.intermediate_size
         heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
         heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
-        powers: dict[str, Tensor] = {}
+        moments: dict[str, Moments] = {}
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
             choosing = windows.start < streams.fit and (units_change or heads_change)
             out, seen = watch(self.teacher, origin, hidden, shape.writers if choosing else ())
             streams.ahead[windows] = out.cpu()
             for name, x_NX in seen.items():
-                is_heads = "head_dim" in self._axis_words(name)
-                found = x_NX.T @ x_NX if is_heads else x_NX.square().sum(dim=0)
-                powers[name] = powers.get(name, 0.0) + found.double()
-        tokens = float(sum_over_processes(torch.tensor(float(streams.fit * streams.teacher.shape[1]))))
-        for name, power in powers.items():
-            sum_over_processes(power)
-            writer = self.teacher.get(name)
-            if "head_dim" in self._axis_words(name):
+                if self.recipe.solve and _bias(self.teacher, name):
+                    x_NX = _with_one(x_NX)
+                if name not in moments:
+                    moments[name] = Moments.zero(x_NX.shape[1], 0, x_NX.device)
+                moments[name].add(x_NX, x_NX[:, :0], self._token_weights(out.flatten(0, 1)))
+        for name, sums in moments.items():
+            gram_XX = sums.summed().gram_XX
+            if len(gram_XX) > self.teacher.get(name).shape[1]:
+                gram_XX = less_constant(gram_XX)
+            if "head_dim" in self.teacher.places[name].line.spec.axes[1].dimensions:
                 if heads_change:
-                    scores = head_scores(power / tokens, writer, self.source.num_attention_heads).cpu()
-                    kept = choose_heads(
-                        scores,
-                        self.source.num_key_value_heads,
-                        self.target.num_attention_heads,
-                        self.target.num_key_value_heads,
-                    )
-                    self.folds.update({(word, origin): fold for word, fold in kept.items()})
+                    self._keep_heads(gram_XX, name, origin)
             elif units_change:
-                scores = unit_scores(power / tokens, writer).cpu()
-                self.folds["intermediate", origin] = choose_units(scores, self.target.intermediate_size)
+                writer, count = self.teacher.get(name), self.target.intermediate_size
+                kept_units = keep_units(gram_XX, writer, count, refitted=self.recipe.solve)
+                self.folds["intermediate", origin] = kept_units
 
-    def _axis_words(self, name: str) -> tuple[str, ...]:
-        return self.teacher.places[name].line.spec.axes[1].dimensions
+    def _keep_heads(self, gram_XX: Tensor, name: str, origin: int) -> None:
+        kept = choose_heads(
+            head_scores(gram_XX, self.teacher.get(name), self.source.num_attention_heads).cpu(),
+            self.source.num_key_value_heads,
+            self.target.num_attention_heads,
+            self.target.num_key_value_heads,
+        )
+        self.folds.update({(word, origin): fold for word, fold in kept.items()})
+
+    def _token_weights(self, goal_ND: Tensor) -> Tensor | None:
+        """One over the mean square of the stream that is aimed at; None where all tokens count alike."""
+        if not (self.recipe.solve and self.recipe.weigh_tokens):
+            return None
+        return 1.0 / goal_ND.square().mean(dim=1).clamp_min(1e-12)
 
     def _stage(self, stage: Stage, shape: Anatomy, layer: int, origin: int, streams: Streams) -> None:
         if stage.writes:
@@ -177,10 +185,7 @@ class Rebuilder:
         }
         for windows, fit in streams.used():
             x_NX, target_NY = self._writer_pair(name, shape, layer, origin, streams, windows)
-            weight_N = None
-            if self.recipe.weigh_tokens:
-                scale_ND = streams.ahead[windows].flatten(0, 1).to(x_NX.device)
-                weight_N = 1.0 / scale_ND.square().mean(dim=1).clamp_min(1e-12)
+            weight_N = self._token_weights(streams.ahead[windows].flatten(0, 1).to(x_NX.device))
             sums[fit].add(x_NX, target_NY, weight_N)
         self._accept({fit: one.summed() for fit, one in sums.items()}, prior_YX, [own])
 

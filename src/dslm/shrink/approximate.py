@@ -19,7 +19,7 @@ from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Weights
 from dslm.sizes import Sizes
 
-_BUILT, _TOKENS = 3, 4096
+_BUILT, _TOKENS = 2, 4096
 """So many likely choices of layers are built, on so many tokens at most, and measured on so many others."""
 
 

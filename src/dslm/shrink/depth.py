@@ -1,11 +1,11 @@
 """Which layers can go: those whose absence the others can make up for.
 
 A block that is rebuilt before a gap aims at the teacher's stream behind it, so what counts is not what a layer does but
-what of it no linear map can do. Each gap is bridged by least squares, and the loss of the bridged model decides. That
-whole runs of layers are nearly linear maps is the observation of Gromov et al. (https://arxiv.org/abs/2403.17887) and
-Razzhigaev et al. (https://arxiv.org/abs/2405.12250).
+what of it that block cannot do. Each gap is bridged by refitting the last writer of the block before it, and the loss
+of the bridged model decides. That whole runs of layers are nearly linear maps is the observation of Gromov et al.
+(https://arxiv.org/abs/2403.17887) and Razzhigaev et al. (https://arxiv.org/abs/2405.12250).
 
-Shape letters: B windows, T tokens, N tokens of all windows, D hidden size.
+Shape letters: B windows, T tokens, N tokens of all windows, D hidden size, X what the last writer of a block reads.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from dslm.progress import Progress
 from dslm.shrink.solve import Moments
 from dslm.shrink.streams import batches
 from dslm.shrink.survey import removal_losses
+from dslm.shrink.tap import anatomy, watch
 from dslm.shrink.walk import Walk, mean_loss
 
 Gap = tuple[int, int]
 """The first layer that is gone, and the first one behind it that is not."""
-_JUDGED, _FITTED = 4096, 384
+_JUDGED, _FITTED = 2048, 384
 """So many tokens to judge by, the first quarter of each window, and so many others of it to fit bridges on, at most."""
 _ROUNDS, _RUN = 3, 3
 """Rounds at most; so many layers go in one before there is another."""
@@ -91,30 +92,44 @@ def bridged_losses(
     gaps = {gap for plan in plans for gap in plan}
     teacher = walk.embed(fit_BT)
     streams: dict[tuple[Gap, ...], Tensor] = {(): walk.embed(ids_BT)}
-    before: dict[int, Tensor] = {}
+    read: dict[tuple[Gap, ...], Tensor] = {}
+    before: dict[int, tuple[Tensor, Tensor]] = {}
     for layer in range(len(walk.blocks) + 1):
         for gap in sorted(gap for gap in gaps if gap[1] == layer):
-            bridge_DD = _bridge(before[gap[0]], teacher)
+            bridge_XD = _bridge(*before[gap[0]], teacher)
             for history in [history for history in streams if history[-1:] == (gap,)]:
-                streams[history] = streams[history] + streams[history] @ bridge_DD
+                streams[history] = streams[history] + read[history] @ bridge_XD
+                del read[history]
         before = {
             start: kept for start, kept in before.items() if any(s == start and e > layer for s, e in gaps)
         }
-        for history in [history for history in histories if history and history[-1][0] == layer]:
-            streams[history], before[layer] = streams[history[:-1]], teacher
         streams = {history: stream for history, stream in streams.items() if end[history] > layer}
         if layer == len(walk.blocks):
             break
+        leaving = [history for history in histories if history and history[-1][0] == layer + 1]
         with walk.block(layer):
-            for history, stream in streams.items():
-                if not history or history[-1][1] <= layer:
-                    streams[history] = walk.run(layer, stream)
+            for history in [history for history in streams if not history or history[-1][1] <= layer]:
+                forks = [fork for fork in leaving if fork[:-1] == history]
+                streams[history], x_BTX = _past(walk, layer, streams[history], watched=bool(forks))
+                for fork in forks:
+                    streams[fork], read[fork] = streams[history], x_BTX
             if before or any(start > layer for start, _ in gaps):
-                teacher = walk.run(layer, teacher)
+                teacher, x_BTX = _past(walk, layer, teacher, watched=bool(leaving))
+                if leaving:
+                    before[layer + 1] = x_BTX, teacher
         if progress is not None:
             progress("ranking layers", layer + 1, len(walk.blocks))
     with walk.head() as logits:
         return [mean_loss(logits, streams[plan], ids_BT, walk.device) for plan in plans]
+
+
+def _past(walk: Walk, layer: int, stream_BTD: Tensor, *, watched: bool) -> tuple[Tensor, Tensor]:
+    """The stream behind a loaded block and, where it is watched, what the block's last writer reads."""
+    if not watched:
+        return walk.run(layer, stream_BTD), stream_BTD[..., :0]
+    writer = anatomy(walk, layer, stream_BTD[:1]).writers[-1]
+    out_BTD, seen = watch(walk, layer, stream_BTD, [writer])
+    return out_BTD, seen[writer].view(*stream_BTD.shape[:2], -1)
 
 
 def gaps_of(gone: frozenset[int]) -> tuple[Gap, ...]:
@@ -131,19 +146,19 @@ def _leaves(plan: tuple[Gap, ...], history: tuple[Gap, ...]) -> float:
     return float("inf") if plan == history else plan[len(history)][0]
 
 
-def _bridge(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
-    """The map from the stream before a gap to what is added behind it, ``[D, D]``.
+def _bridge(x_BTX: Tensor, before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
+    """The map from what the last writer before a gap reads to what is missing behind the gap, ``[X, D]``.
 
-    Tokens weigh one over the mean square of the stream behind; the ridge is as strong as the directions outnumber the
+    Tokens weigh one over the mean square of the stream behind; the ridge is as strong as the features outnumber the
     tokens.
     """
-    width, length = before_BTD.shape[2], before_BTD.shape[1]
-    moments = Moments.zero(width, width, before_BTD.device)
+    inputs, outputs, length = x_BTX.shape[2], before_BTD.shape[2], before_BTD.shape[1]
+    moments = Moments.zero(inputs, outputs, before_BTD.device)
     for some in batches(0, len(before_BTD), length):
-        before_ND, after_ND = (stream[some].flatten(0, 1) for stream in (before_BTD, after_BTD))
+        x_NX, before_ND, after_ND = (t[some].flatten(0, 1) for t in (x_BTX, before_BTD, after_BTD))
         weight_N = 1.0 / after_ND.square().mean(dim=1).clamp_min(1e-12)
-        moments.add(before_ND, after_ND - before_ND, weight_N)
-    diagonal_D = moments.gram_XX.diagonal()
-    ridge_D = diagonal_D * width / before_BTD[..., 0].numel() + diagonal_D.mean() * 1e-9 + 1e-30
-    bridge_DD: Tensor = torch.linalg.solve(moments.gram_XX + torch.diag(ridge_D), moments.cross_YX.T)
-    return bridge_DD.to(before_BTD.dtype)
+        moments.add(x_NX, after_ND - before_ND, weight_N)
+    diagonal_X = moments.gram_XX.diagonal()
+    ridge_X = diagonal_X * inputs / before_BTD[..., 0].numel() + diagonal_X.mean() * 1e-9 + 1e-30
+    bridge_XD: Tensor = torch.linalg.solve(moments.gram_XX + torch.diag(ridge_X), moments.cross_YX.T)
+    return bridge_XD.to(before_BTD.dtype)

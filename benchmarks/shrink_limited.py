@@ -43,9 +43,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1.5, help="in units of 1e9 bytes")
     parser.add_argument("--sizes", nargs="+", default=["--intermediate-size", "2048"])
     asked = parser.parse_args()
-    source, out = asked.work / "source", asked.work / "small"
-    shutil.rmtree(asked.work, ignore_errors=True)
-    asked.work.mkdir(parents=True)
+    work = asked.work / "shrink_limited"
+    source, out = work / "source", work / "small"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     write_checkpoint(source, CONFIG | {"num_hidden_layers": asked.layers})
     save_byte_tokenizer(source)
     dslm = str(Path(sys.executable).with_name("dslm"))
@@ -60,7 +61,7 @@ def main() -> None:
         "seconds": seconds,
         "peak_resident_bytes": peak,
     }
-    shutil.rmtree(asked.work)
+    shutil.rmtree(work)
     save("shrink_limited", result)
 
 

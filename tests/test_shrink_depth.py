@@ -8,6 +8,7 @@ import torch
 import pico
 import shrinking
 from dslm.checkpoint.reader import open_folder
+from dslm.shrink import depth
 from dslm.shrink.approximate import approximate
 from dslm.shrink.depth import bridged_losses, gaps_of, likely_layers
 from dslm.shrink.rebuild import Windows, rebuild
@@ -18,6 +19,7 @@ from dslm.shrink.weights import Stored
 from growing import grow, load
 
 IDS, FIT = pico.tokens(1, rows=4, length=16), pico.tokens(2, rows=12, length=20)
+RUNS = [frozenset((i, i + 1)) for i in range(1, 6)]
 
 
 def deep_source(folder, family="llama", variant="mha", layers=7, seed=3):
@@ -135,8 +137,32 @@ def test_slicing_takes_the_layers_without_which_the_loss_is_least(tmp_path):
     source, _ = deep_source(tmp_path)
     target = source.sizes.replace(num_hidden_layers=5)
     found = approximate(Stored(source), target, windows_of(source), tmp_path, recipe=Recipe(solve=False))
-    runs = [frozenset((i, i + 1)) for i in range(1, 6)]
     fit = windows_of(source).fit
-    losses = removal_losses(Walk(Stored(source)), fit[:, : fit.shape[1] // 4], runs)
-    gone = runs[losses.index(min(losses))]
+    losses = removal_losses(Walk(Stored(source)), fit[:, : fit.shape[1] // 4], RUNS)
+    gone = RUNS[losses.index(min(losses))]
     assert found.base.layers == tuple(layer for layer in range(7) if layer not in gone)
+
+
+def test_a_block_that_adds_the_same_to_all_tokens_is_bridged_by_a_bias(tmp_path):
+    """Without it another block goes: what this one adds is larger than all that the others do."""
+    model = pico.make_model("llama", "biases")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            linear.weight.zero_()
+            linear.bias.normal_(0, 3, generator=generator)
+    source = open_folder(pico.save(model, tmp_path))
+    choices = [frozenset({1}), frozenset({2})]
+    bridged = bridged_losses(Walk(Stored(source)), IDS, FIT, choices)
+    whole, *raw = removal_losses(Walk(Stored(source)), IDS, [frozenset(), *choices])
+    assert abs(bridged[0] - whole) < 0.02 * abs(raw[0] - whole)
+    assert likely_layers(Walk(Stored(source)), FIT, 2)[0] == (0, 2)
+
+
+def test_behind_post_norms_nothing_is_bridged(tmp_path, monkeypatch):
+    source, _ = deep_source(tmp_path, "olmo2", "mha")
+    walk = Walk(Stored(source))
+    monkeypatch.setattr(depth, "bridged_losses", lambda *arguments: pytest.fail("bridged"))
+    losses = removal_losses(walk, FIT[:, :5], RUNS)
+    gone = RUNS[losses.index(min(losses))]
+    assert likely_layers(walk, FIT, 5)[0] == tuple(layer for layer in range(7) if layer not in gone)

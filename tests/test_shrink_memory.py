@@ -90,7 +90,8 @@ def test_memory_is_one_block_whatever_the_depth(tmp_path):
     found = run(str(tmp_path))
     shutil.rmtree(tmp_path)
     assert sizes["large"] > 130e6
-    assert found["after_large"] - found["base"] < 80e6, found
+    units = 2 * 8 * 2048**2  # the second moment of one block's units, and as much again while it is inverted
+    assert found["after_large"] - found["base"] < units + 40e6, found
     assert found["after_large"] - found["after_small"] < 18e6, found
 
 
@@ -111,7 +112,8 @@ def test_streams_in_files_give_the_same_bytes(family, tmp_path, monkeypatch):
     for place, limit in (("memory", streams.IN_MEMORY), ("files", 1000)):
         monkeypatch.setattr(streams, "IN_MEMORY", limit)
         losses[place] = shrinking.down(source, tmp_path / place, target).losses
-        assert made == ([] if place == "memory" else ["teacher", "ahead", "student"])
+        thrice = ["teacher", "ahead", "student"] * 3  # two choices of layers are built before the last
+        assert made == ([] if place == "memory" else thrice)
     weights = [(tmp_path / place / "model.safetensors").read_bytes() for place in losses]
     assert weights[0] == weights[1]
     assert losses["memory"] == losses["files"]

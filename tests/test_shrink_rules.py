@@ -292,6 +292,15 @@ def test_layers_that_are_told_by_their_number_stay_what_they_are(family, variant
 # ---------------------------------------------------------------- re-reading
 
 
+def constant_units(model: PreTrainedModel) -> None:
+    """Half of the units hardly vary, but what they add is large."""
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight[:24] *= 1e-4
+        layer.mlp.up_proj.weight[:24] *= 1e-4
+        layer.mlp.gate_proj.bias[:24] = 4.0
+        layer.mlp.up_proj.bias[:24] = 1.0
+
+
 def constant_block(model: PreTrainedModel) -> None:
     """What the second block adds is large and the same for all tokens."""
     for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
@@ -312,12 +321,17 @@ def adding(anatomy):
 
 
 ALL_ADD = instead(reconstruct, "anatomy", adding)
-NO_BIAS = instead(reconstruct, "_bias", lambda _: lambda walk, name: None)
+WITH_MEAN = instead(reconstruct, "less_constant", lambda _: lambda gram: gram[:-1, :-1])
+NO_BIAS = instead(reconstruct, "bias_of", lambda _: lambda walk, name: None)
 ALL_ALIKE = instead(rebuild, "Recipe", lambda recipe: lambda: recipe(weigh_tokens=False))
 FITS = {
     "a norm behind the writers": (Rule("olmo2", "mha", ALL_ADD, worse=1.4), (0, 1, 2)),
     "norms on both sides": (Rule("gemma2", "windows-softcaps", ALL_ADD, worse=1.25), (0, 1, 2)),
     "biases are fitted": (Rule("llama", "biases", NO_BIAS, plant=constant_block, worse=10), (0, 2)),
+    "a bias makes up for means": (
+        Rule("llama", "biases", WITH_MEAN, plant=constant_units, worse=1.5),
+        (0, 1, 2),
+    ),
     "large tokens count no more": (Rule("llama", "mha", ALL_ALIKE, plant=sinks, worse=10), (0, 1, 2)),
 }
 

@@ -20,7 +20,7 @@ from dslm.shrink.weights import Weights
 from dslm.sizes import Sizes
 
 _BUILT, _TOKENS = 2, 4096
-"""So many likely choices of layers are built, on so many tokens at most, and measured on so many others."""
+"""So many likely choices of layers are built, on windows of so many tokens or one, and measured on as many others."""
 
 
 def approximate(
@@ -73,7 +73,8 @@ def choose_layers(
     Arguments as of `rebuild`.
     """
     count = target.num_hidden_layers
-    likely = likely_layers(Walk(weights, device), windows.fit, count, bridge=recipe.solve, progress=progress)
+    bridge = recipe.solve and recipe.drift
+    likely = likely_layers(Walk(weights, device), windows.fit, count, bridge=bridge, progress=progress)
     if not recipe.solve or len(likely) == 1:
         return likely[0]
     most, likely = max(1, _TOKENS // windows.fit.shape[1]), likely[:_BUILT]

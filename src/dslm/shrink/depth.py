@@ -2,8 +2,9 @@
 
 A block that is rebuilt before a gap aims at the teacher's stream behind it, so what counts is not what a layer does but
 what of it that block cannot do. Each gap is bridged by refitting the last writer of the block before it, and the loss
-of the bridged model decides. That whole runs of layers are nearly linear maps is the observation of Gromov et al.
-(https://arxiv.org/abs/2403.17887) and Razzhigaev et al. (https://arxiv.org/abs/2405.12250).
+of the bridged model decides. Where a norm stands between a writer and the stream (OLMo-2, Gemma 2 and 3) blocks do not
+aim at the stream, and nothing is bridged. That whole runs of layers are nearly linear maps is the observation of Gromov
+et al. (https://arxiv.org/abs/2403.17887) and Razzhigaev et al. (https://arxiv.org/abs/2405.12250).
 
 Shape letters: B windows, T tokens, N tokens of all windows, D hidden size, X what the last writer of a block reads.
 """
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor
 
 from dslm.progress import Progress
-from dslm.shrink.solve import Moments
+from dslm.shrink.solve import Moments, sum_over_processes
 from dslm.shrink.streams import batches
 from dslm.shrink.survey import removal_losses
-from dslm.shrink.tap import anatomy, watch
+from dslm.shrink.tap import anatomy, bias_of, watch, with_one
 from dslm.shrink.walk import Walk, mean_loss
 
 Gap = tuple[int, int]
@@ -34,7 +35,7 @@ _ROUNDS, _RUN = 3, 3
 def likely_layers(
     walk: Walk, ids_BT: Tensor, count: int, *, bridge: bool = True, progress: Progress | None = None
 ) -> list[tuple[int, ...]]:
-    """Choices of layers to keep, the one that costs the least loss first.
+    """Choices of layers to keep, the one that costs the least loss first; all processes get the same.
 
     In up to `_ROUNDS` rounds a run of neighbours goes; the choices differ in that of the last round. The first layer
     always stays.
@@ -43,7 +44,7 @@ def likely_layers(
         walk: the model.
         ids_BT: windows to measure on, int64.
         count: how many layers to keep.
-        bridge: whether what goes is made up for; otherwise the loss without it decides.
+        bridge: whether blocks are refitted to make up for what goes; otherwise the loss without it decides.
         progress: called with a label, blocks done and blocks in all.
     """
     layers = len(walk.blocks)
@@ -51,6 +52,7 @@ def likely_layers(
     judged = max(2, ids_BT.shape[1] // 4)
     some_BT = ids_BT[: max(1, _JUDGED // judged)]
     windows = some_BT[:, :judged], some_BT[:, judged : judged + _FITTED]
+    bridge = bridge and _aims_at_stream(walk, windows[0][:1])
     choices = [frozenset[int]()]
     rounds = min(_ROUNDS, ceil(out / _RUN))
     for number in range(rounds):
@@ -66,6 +68,12 @@ def likely_layers(
     return [tuple(layer for layer in range(layers) if layer not in gone) for gone in choices]
 
 
+def _aims_at_stream(walk: Walk, ids_BT: Tensor) -> bool:
+    stream_BTD = walk.embed(ids_BT)
+    with walk.block(0):
+        return anatomy(walk, 0, stream_BTD).adds
+
+
 def bridged_losses(
     walk: Walk,
     ids_BT: Tensor,
@@ -79,12 +87,13 @@ def bridged_losses(
         walk: the model.
         ids_BT: windows to judge by, int64.
         fit_BT: windows to fit the bridges on, int64.
-        removals: the layers to leave out, per choice.
+        removals: the layers to leave out, per choice; never the first.
         progress: called with a label, blocks done and blocks in all.
 
     Returns:
         Mean cross-entropy in nats per predicted token, per choice.
     """
+    assert not any(0 in gone for gone in removals), "nothing stands before the first layer to bridge it"
     plans = [gaps_of(gone) for gone in removals]
     # Choices share a stream as long as they have had the same gaps.
     histories = {plan[:length] for plan in plans for length in range(len(plan) + 1)}
@@ -108,13 +117,14 @@ def bridged_losses(
             break
         leaving = [history for history in histories if history and history[-1][0] == layer + 1]
         with walk.block(layer):
+            writer = anatomy(walk, layer, teacher[:1]).writers[-1] if leaving else None
             for history in [history for history in streams if not history or history[-1][1] <= layer]:
                 forks = [fork for fork in leaving if fork[:-1] == history]
-                streams[history], x_BTX = _past(walk, layer, streams[history], watched=bool(forks))
+                streams[history], x_BTX = _past(walk, layer, streams[history], writer if forks else None)
                 for fork in forks:
                     streams[fork], read[fork] = streams[history], x_BTX
             if before or any(start > layer for start, _ in gaps):
-                teacher, x_BTX = _past(walk, layer, teacher, watched=bool(leaving))
+                teacher, x_BTX = _past(walk, layer, teacher, writer)
                 if leaving:
                     before[layer + 1] = x_BTX, teacher
         if progress is not None:
@@ -123,13 +133,13 @@ def bridged_losses(
         return [mean_loss(logits, streams[plan], ids_BT, walk.device) for plan in plans]
 
 
-def _past(walk: Walk, layer: int, stream_BTD: Tensor, *, watched: bool) -> tuple[Tensor, Tensor]:
-    """The stream behind a loaded block and, where it is watched, what the block's last writer reads."""
-    if not watched:
-        return walk.run(layer, stream_BTD), stream_BTD[..., :0]
-    writer = anatomy(walk, layer, stream_BTD[:1]).writers[-1]
-    out_BTD, seen = watch(walk, layer, stream_BTD, [writer])
-    return out_BTD, seen[writer].view(*stream_BTD.shape[:2], -1)
+def _past(walk: Walk, layer: int, stream_BTD: Tensor, writer: str | None) -> tuple[Tensor, Tensor]:
+    """The stream behind a loaded block and what one of its writers reads, with a one behind it for its bias."""
+    out_BTD, seen = watch(walk, layer, stream_BTD, [writer] if writer else ())
+    x_NX = seen[writer] if writer else out_BTD.flatten(0, 1)[:, :0]
+    if writer and bias_of(walk, writer):
+        x_NX = with_one(x_NX)
+    return out_BTD, x_NX.reshape(*out_BTD.shape[:2], x_NX.shape[1])
 
 
 def gaps_of(gone: frozenset[int]) -> tuple[Gap, ...]:
@@ -150,7 +160,7 @@ def _bridge(x_BTX: Tensor, before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
     """The map from what the last writer before a gap reads to what is missing behind the gap, ``[X, D]``.
 
     Tokens weigh one over the mean square of the stream behind; the ridge is as strong as the features outnumber the
-    tokens.
+    tokens, and spares the one of a bias.
     """
     inputs, outputs, length = x_BTX.shape[2], before_BTD.shape[2], before_BTD.shape[1]
     moments = Moments.zero(inputs, outputs, before_BTD.device)
@@ -158,7 +168,10 @@ def _bridge(x_BTX: Tensor, before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
         x_NX, before_ND, after_ND = (t[some].flatten(0, 1) for t in (x_BTX, before_BTD, after_BTD))
         weight_N = 1.0 / after_ND.square().mean(dim=1).clamp_min(1e-12)
         moments.add(x_NX, after_ND - before_ND, weight_N)
-    diagonal_X = moments.gram_XX.diagonal()
-    ridge_X = diagonal_X * inputs / before_BTD[..., 0].numel() + diagonal_X.mean() * 1e-9 + 1e-30
-    bridge_XD: Tensor = torch.linalg.solve(moments.gram_XX + torch.diag(ridge_X), moments.cross_YX.T)
+    diagonal_X = moments.summed().gram_XX.diagonal()
+    tokens = float(sum_over_processes(torch.tensor(float(before_BTD[..., 0].numel()))))
+    damped = inputs - int(bool((x_BTX[..., -1] == 1).all()))
+    diagonal_X[:damped] += diagonal_X[:damped] * inputs / tokens
+    diagonal_X += diagonal_X.mean() * 1e-9 + 1e-30
+    bridge_XD: Tensor = torch.cholesky_solve(moments.cross_YX.T, torch.linalg.cholesky(moments.gram_XX))
     return bridge_XD.to(before_BTD.dtype)

@@ -19,7 +19,7 @@ from dslm.shrink.refine import refine
 from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
 from dslm.shrink.streams import Streams
-from dslm.shrink.tap import Anatomy, Stage, anatomy, tap, watch
+from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, tap, watch, with_one
 from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
 
@@ -104,29 +104,32 @@ class Rebuilder:
         units_change = self.source.intermediate_size != self.target.intermediate_size
         heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
         heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
+        reads_heads = {name: "head_dim" in self._read_by(name) for name in shape.writers}
+        watched = [name for name, heads in reads_heads.items() if (heads_change if heads else units_change)]
         moments: dict[str, Moments] = {}
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
-            choosing = windows.start < streams.fit and (units_change or heads_change)
-            out, seen = watch(self.teacher, origin, hidden, shape.writers if choosing else ())
+            out, seen = watch(self.teacher, origin, hidden, watched if windows.start < streams.fit else ())
             streams.ahead[windows] = out.cpu()
             for name, x_NX in seen.items():
-                if self.recipe.solve and _bias(self.teacher, name):
-                    x_NX = _with_one(x_NX)
+                if self.recipe.solve and bias_of(self.teacher, name):
+                    x_NX = with_one(x_NX).double()  # what is left without the mean may be small
                 if name not in moments:
                     moments[name] = Moments.zero(x_NX.shape[1], 0, x_NX.device)
                 moments[name].add(x_NX, x_NX[:, :0], self._token_weights(out.flatten(0, 1)))
-        for name, sums in moments.items():
-            gram_XX = sums.summed().gram_XX
+        for name in watched:
+            gram_XX = moments.pop(name).summed().gram_XX
             if len(gram_XX) > self.teacher.get(name).shape[1]:
                 gram_XX = less_constant(gram_XX)
-            if "head_dim" in self.teacher.places[name].line.spec.axes[1].dimensions:
-                if heads_change:
-                    self._keep_heads(gram_XX, name, origin)
-            elif units_change:
+            if reads_heads[name]:
+                self._keep_heads(gram_XX, name, origin)
+            else:
                 writer, count = self.teacher.get(name), self.target.intermediate_size
-                kept_units = keep_units(gram_XX, writer, count, refitted=self.recipe.solve)
-                self.folds["intermediate", origin] = kept_units
+                kept = keep_units(gram_XX, writer, count, refitted=self.recipe.solve)
+                self.folds["intermediate", origin] = kept
+
+    def _read_by(self, name: str) -> tuple[str, ...]:
+        return self.teacher.places[name].line.spec.axes[1].dimensions
 
     def _keep_heads(self, gram_XX: Tensor, name: str, origin: int) -> None:
         kept = choose_heads(
@@ -138,7 +141,7 @@ class Rebuilder:
         self.folds.update({(word, origin): fold for word, fold in kept.items()})
 
     def _token_weights(self, goal_ND: Tensor) -> Tensor | None:
-        """One over the mean square of the stream that is aimed at; None where all tokens count alike."""
+        """One over the mean square of the stream behind; None where all tokens count alike."""
         if not (self.recipe.solve and self.recipe.weigh_tokens):
             return None
         return 1.0 / goal_ND.square().mean(dim=1).clamp_min(1e-12)
@@ -200,7 +203,7 @@ class Rebuilder:
         own = _moved(name, origin, layer)
         hidden = streams.student[windows].to(self.student.device)
         seen = tap(self.student, layer, hidden, inputs=[own], outputs=before)
-        x_NX = _with_one(seen[own]) if _bias(self.student, own) else seen[own]
+        x_NX = with_one(seen[own]) if bias_of(self.student, own) else seen[own]
         teacher_hidden = streams.teacher[windows].to(self.teacher.device)
         if aims_at_stream and is_last:
             goal_ND = streams.ahead[windows].flatten(0, 1).to(self.teacher.device)
@@ -231,7 +234,7 @@ class Rebuilder:
         found = solve(moments[True], moments[False], prior_YX, parts, ridges=self.recipe.ridges)
         for name, solution in found.items():
             weight_YX = solution.weight_YX
-            if bias := _bias(self.student, name):
+            if bias := bias_of(self.student, name):
                 self.student.put(bias, weight_YX[:, -1].clone())
                 weight_YX = weight_YX[:, :-1]
             self.student.put(name, weight_YX.contiguous())
@@ -271,24 +274,14 @@ def _moved(name: str, origin: int, layer: int) -> str:
     return name.replace(f".{origin}.", f".{layer}.", 1)
 
 
-def _bias(walk: Walk, name: str) -> str | None:
-    """The name of a matrix's bias, if it has one."""
-    bias = name.removesuffix("weight") + "bias"
-    return bias if bias in walk.places else None
-
-
 def _affine(walk: Walk, name: str) -> Tensor:
     """A loaded matrix with its bias as a last column, where it has one."""
-    bias = _bias(walk, name)
+    bias = bias_of(walk, name)
     weight_YX = walk.get(name)
     return weight_YX if bias is None else torch.cat([weight_YX, walk.get(bias)[:, None]], dim=1)
-
-
-def _with_one(x_NX: Tensor) -> Tensor:
-    return torch.cat([x_NX, x_NX.new_ones(len(x_NX), 1)], dim=1)
 
 
 def _read(walk: Walk, layer: int, hidden_BTD: Tensor, name: str) -> Tensor:
     """What a matrix reads, with a one behind it where it has a bias."""
     x_NX = tap(walk, layer, hidden_BTD.to(walk.device), inputs=[name])[name]
-    return _with_one(x_NX) if _bias(walk, name) else x_NX
+    return with_one(x_NX) if bias_of(walk, name) else x_NX

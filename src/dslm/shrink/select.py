@@ -2,11 +2,12 @@
 
 Where nothing is refitted the score of a unit is the root mean square of its activation times the norm of the column
 that writes it ("activation norm times column norm"), the magnitudes of Minitron (arXiv 2407.14679, section 3) with the
-writer's side put in. Where columns are refitted units go one by one, each time the one that costs least once the others
-have made up for it: the optimal brain surgeon (Hassibi and Stork 1992, "Second order derivatives for network pruning")
-with a unit's column in place of a weight. The score of a head is the root mean square of what it adds to the stream.
+writer's side put in. Where columns are refitted, units go one by one, each time the one that costs least once the
+others have made up for it: the optimal brain surgeon (Hassibi and Stork 1992, "Second order derivatives for network
+pruning") with a unit's column in place of a weight. The score of a head is the root mean square of what it adds to the
+stream. Tokens may be weighted, and where a bias makes up for the mean only what varies counts.
 
-Shape letters: M FFN units, A units that are still there, P units looked at, J units that go, H query heads, K key-value
+Shape letters: M FFN units, P units looked at, J units that go, H query heads, K key-value
 heads, G query heads of one key-value head, D stream.
 """
 
@@ -41,37 +42,47 @@ def surviving_units(gram_MM: Tensor, writer_DM: Tensor, count: int) -> Tensor:
     ``-w_j (H^-1)_j: / (H^-1)_jj``, and ``H^-1`` loses row and column j by the same elimination.
 
     Args:
-        gram_MM: second moment of the units' activations, of any scale.
+        gram_MM: second moment of the units' activations, of any scale, in float64; it is overwritten.
         writer_DM: the matrix that reads the units and writes the stream.
         count: units to keep.
     """
-    gram_MM, columns_DA = gram_MM.double(), writer_DM.double()
+    columns_DM, inverse_MM = writer_DM.double(), _damped_inverse(gram_MM)
+    left_M = torch.ones(len(gram_MM), dtype=torch.bool, device=gram_MM.device)
+    at_once = max(_AT_ONCE, -(-(len(gram_MM) - count) // _ROUNDS))
+    while (excess := int(left_M.sum()) - count) > 0:
+        going = min(at_once, excess)
+        losses_M = columns_DM.square().sum(dim=0) / inverse_MM.diagonal()
+        losses_M[~left_M] = torch.inf
+        pool_P = losses_M.topk(min(4 * going, going + count), largest=False).indices
+        gone_J = pool_P[_first_to_go(inverse_MM[pool_P][:, pool_P], columns_DM[:, pool_P], going)]
+        share_JM = torch.linalg.solve(inverse_MM[gone_J][:, gone_J], inverse_MM[gone_J])
+        columns_DM = torch.addmm(columns_DM, columns_DM[:, gone_J], share_JM, alpha=-1.0)
+        inverse_MM.addmm_(inverse_MM[:, gone_J], share_JM, alpha=-1.0)
+        left_M[gone_J] = False
+    return left_M.nonzero().flatten()
+
+
+def _damped_inverse(gram_MM: Tensor) -> Tensor:
+    """In the Gram's own memory: it is the largest thing that choosing units needs."""
     diagonal_M = gram_MM.diagonal()
-    damped_MM = gram_MM + torch.diag(_DAMPING * diagonal_M + 1e-9 * diagonal_M.mean() + 1e-30)
-    inverse_AA = torch.cholesky_inverse(torch.linalg.cholesky(damped_MM))
-    left_A = torch.arange(len(gram_MM), device=gram_MM.device)
-    at_once = max(_AT_ONCE, -(-(len(left_A) - count) // _ROUNDS))
-    while len(left_A) > count:
-        going = min(at_once, len(left_A) - count)
-        losses_A = columns_DA.square().sum(dim=0) / inverse_AA.diagonal()
-        pool_P = losses_A.topk(min(4 * going, len(left_A)), largest=False).indices
-        gone_J = pool_P[_first_to_go(inverse_AA[pool_P][:, pool_P], columns_DA[:, pool_P], going)]
-        stay_A = torch.ones_like(left_A, dtype=torch.bool)
-        stay_A[gone_J] = False
-        share_JA = torch.linalg.solve(inverse_AA[gone_J][:, gone_J], inverse_AA[gone_J][:, stay_A])
-        columns_DA = columns_DA[:, stay_A] - columns_DA[:, gone_J] @ share_JA
-        inverse_AA = inverse_AA[stay_A][:, stay_A] - inverse_AA[stay_A][:, gone_J] @ share_JA
-        left_A = left_A[stay_A]
-    return left_A
+    diagonal_M += _DAMPING * diagonal_M + 1e-9 * diagonal_M.mean() + 1e-30
+    torch.linalg.cholesky(gram_MM, out=gram_MM)
+    return torch.cholesky_inverse(gram_MM, out=gram_MM)
 
 
 def less_constant(gram_XX: Tensor) -> Tensor:
     """The second moment of all features but the last, which is always one, less what a bias makes up for.
 
-    That is their covariance, times the weight of all tokens.
+    That is their covariance, times the weight of all tokens. What is left of a feature that does not vary is rounding,
+    which is kept above zero.
     """
-    mean_X = gram_XX[:-1, -1]
-    return gram_XX[:-1, :-1] - torch.outer(mean_X, mean_X) / gram_XX[-1, -1]
+    sum_X, diagonal_X = gram_XX[:-1, -1], gram_XX.diagonal()[:-1]
+    left_XX = gram_XX[:-1, :-1] - torch.outer(sum_X, sum_X) / gram_XX[-1, -1]
+    rounding_X = 1e-12 * diagonal_X
+    constant = left_XX.diagonal() < rounding_X
+    left_XX[constant], left_XX[:, constant] = 0.0, 0.0
+    left_XX.diagonal()[constant] = rounding_X[constant]
+    return left_XX
 
 
 def _first_to_go(inverse_PP: Tensor, columns_DP: Tensor, count: int) -> Tensor:
@@ -117,7 +128,7 @@ def choose_units(scores_M: Tensor, count: int) -> Fold:
 
 
 def keep_units(gram_MM: Tensor, writer_DM: Tensor, count: int, *, refitted: bool) -> Fold:
-    """Keep so many FFN units, given the second moment of their activations."""
+    """Keep so many FFN units, given the second moment of their activations, which is overwritten."""
     if refitted:
         return select(surviving_units(gram_MM, writer_DM, count).cpu(), len(gram_MM))
     return choose_units(unit_scores(gram_MM.diagonal(), writer_DM).cpu(), count)

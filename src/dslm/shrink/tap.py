@@ -92,6 +92,17 @@ def reads_stream(walk: Walk, name: str) -> bool:
     return axis.role is Role.READ and axis.dimensions == ("hidden",)
 
 
+def bias_of(walk: Walk, name: str) -> str | None:
+    """The name of a matrix's bias, if it has one."""
+    bias = name.removesuffix("weight") + "bias"
+    return bias if bias in walk.places else None
+
+
+def with_one(x_NX: Tensor) -> Tensor:
+    """Features and, behind them, a one for the bias."""
+    return torch.cat([x_NX, torch.ones_like(x_NX[..., :1])], dim=-1)
+
+
 def watch(
     walk: Walk, layer: int, hidden_BTD: Tensor, names: Collection[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:

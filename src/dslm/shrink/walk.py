@@ -21,6 +21,7 @@ from dslm.checkpoint.oracle import stored_parameters
 from dslm.errors import CheckpointError, DslmError, VerificationError
 from dslm.families import Tensor as TableTensor
 from dslm.load import pick_device
+from dslm.shrink.solve import sum_over_processes
 from dslm.shrink.weights import Weights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -223,12 +224,14 @@ class Walk:
 def mean_loss(
     logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, ids_BT: Tensor, device: torch.device
 ) -> float:
-    """Mean cross-entropy in nats per predicted token."""
+    """Mean cross-entropy in nats per predicted token, over the tokens of all processes of a distributed run."""
     total = 0.0
     for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
         logits_TV = logits(hidden_TD[None].to(device))[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:].to(device), reduction="sum"))
-    return total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1))
+    sums = torch.tensor([total, ids_BT.shape[0] * (ids_BT.shape[1] - 1)], dtype=torch.float64)
+    sum_over_processes(sums)
+    return float(sums[0] / sums[1])
 
 
 def _places(model: Any, weights: Weights) -> dict[str, Place]:

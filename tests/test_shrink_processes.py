@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 import pico
 import shrinking
 from dslm.checkpoint.reader import open_folder
+from dslm.shrink.depth import bridged_losses
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
+from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 
@@ -45,6 +47,7 @@ place, rank = Path(sys.argv[1]), int(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
 for family, variant in test.CASES:
     test.save(test.shrunk(place, family, variant, test.share(rank)), place / f"{family}-{rank}.safetensors")
+torch.save(test.ranking(place, test.share(rank).fit), place / f"ranking-{rank}.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -66,6 +69,15 @@ def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
         stream = survey_stream(Walk(weights), windows.fit, tied=target.tied).encoder(24)
     layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
     return rebuild(weights, target, layers, stream, windows, scratch)
+
+
+def ranking(place: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The losses that decide which layers go, bridged and not."""
+    walk, choices = (
+        Walk(Stored(open_folder(place / "llama"))),
+        [frozenset({1}), frozenset({2}), frozenset({1, 2})],
+    )
+    return torch.tensor([bridged_losses(walk, ids, ids, choices), removal_losses(walk, ids, choices)])
 
 
 def tensors(found: Rebuilt) -> dict[str, torch.Tensor]:
@@ -109,6 +121,16 @@ def place(tmp_path_factory) -> Path:
             process.wait()
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     return place
+
+
+def test_two_processes_rank_layers_as_one_does(place):
+    together = [torch.load(place / f"ranking-{rank}.pt") for rank in range(2)]
+    alone = ranking(place, shrinking.windows().fit)
+    for found in together:
+        assert torch.allclose(found, alone, rtol=1e-5)
+    assert not torch.allclose(ranking(place, share(0).fit), alone, rtol=1e-4), (
+        "one share would say something else"
+    )
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES, ids=map("-".join, CASES))

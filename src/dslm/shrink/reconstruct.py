@@ -23,6 +23,9 @@ from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, tap, watch, with_o
 from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
 
+ENOUGH = 2
+"""Tokens for each FFN unit below which nobody knows what units could make up for: those with the largest norms stay."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -106,17 +109,20 @@ class Rebuilder:
         heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
         reads_heads = {name: "head_dim" in self._read_by(name) for name in shape.writers}
         watched = [name for name, heads in reads_heads.items() if (heads_change if heads else units_change)]
+        tokens = float(sum_over_processes(torch.tensor(float(streams.fit * streams.teacher.shape[1]))))
+        refitted = self.recipe.solve and tokens >= ENOUGH * self.source.intermediate_size
         moments: dict[str, Moments] = {}
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
             out, seen = watch(self.teacher, origin, hidden, watched if windows.start < streams.fit else ())
             streams.ahead[windows] = out.cpu()
             for name, x_NX in seen.items():
-                if self.recipe.solve and bias_of(self.teacher, name):
+                if refitted and bias_of(self.teacher, name):
                     x_NX = with_one(x_NX).double()  # what is left without the mean may be small
                 if name not in moments:
                     moments[name] = Moments.zero(x_NX.shape[1], 0, x_NX.device)
-                moments[name].add(x_NX, x_NX[:, :0], self._token_weights(out.flatten(0, 1)))
+                weight_N = self._token_weights(out.flatten(0, 1)) if refitted else None
+                moments[name].add(x_NX, x_NX[:, :0], weight_N)
         for name in watched:
             gram_XX = moments.pop(name).summed().gram_XX
             if len(gram_XX) > self.teacher.get(name).shape[1]:
@@ -125,7 +131,7 @@ class Rebuilder:
                 self._keep_heads(gram_XX, name, origin)
             else:
                 writer, count = self.teacher.get(name), self.target.intermediate_size
-                kept = keep_units(gram_XX, writer, count, refitted=self.recipe.solve)
+                kept = keep_units(gram_XX, writer, count, refitted=refitted)
                 self.folds["intermediate", origin] = kept
 
     def _read_by(self, name: str) -> tuple[str, ...]:
@@ -142,7 +148,7 @@ class Rebuilder:
 
     def _token_weights(self, goal_ND: Tensor) -> Tensor | None:
         """One over the mean square of the stream behind; None where all tokens count alike."""
-        if not (self.recipe.solve and self.recipe.weigh_tokens):
+        if not self.recipe.weigh_tokens:
             return None
         return 1.0 / goal_ND.square().mean(dim=1).clamp_min(1e-12)
 

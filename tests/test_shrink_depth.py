@@ -1,4 +1,4 @@
-"""Which layers go: those that a linear map can stand in for, told by the loss of the bridged model."""
+"""Which layers go: those that the block before can make up for, told by the loss of bridged and of rebuilt models."""
 
 from __future__ import annotations
 
@@ -144,7 +144,6 @@ def test_slicing_takes_the_layers_without_which_the_loss_is_least(tmp_path):
 
 
 def test_a_block_that_adds_the_same_to_all_tokens_is_bridged_by_a_bias(tmp_path):
-    """Without it another block goes: what this one adds is larger than all that the others do."""
     model = pico.make_model("llama", "biases")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -152,11 +151,9 @@ def test_a_block_that_adds_the_same_to_all_tokens_is_bridged_by_a_bias(tmp_path)
             linear.weight.zero_()
             linear.bias.normal_(0, 3, generator=generator)
     source = open_folder(pico.save(model, tmp_path))
-    choices = [frozenset({1}), frozenset({2})]
-    bridged = bridged_losses(Walk(Stored(source)), IDS, FIT, choices)
-    whole, *raw = removal_losses(Walk(Stored(source)), IDS, [frozenset(), *choices])
-    assert abs(bridged[0] - whole) < 0.02 * abs(raw[0] - whole)
-    assert likely_layers(Walk(Stored(source)), FIT, 2)[0] == (0, 2)
+    (bridged,) = bridged_losses(Walk(Stored(source)), IDS, FIT, [frozenset({1})])
+    whole, raw = removal_losses(Walk(Stored(source)), IDS, [frozenset(), frozenset({1})])
+    assert abs(bridged - whole) < 0.02 * abs(raw - whole)
 
 
 def test_behind_post_norms_nothing_is_bridged(tmp_path, monkeypatch):

@@ -73,10 +73,8 @@ def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
 
 def ranking(place: Path, ids: torch.Tensor) -> torch.Tensor:
     """The losses that decide which layers go, bridged and not."""
-    walk, choices = (
-        Walk(Stored(open_folder(place / "llama"))),
-        [frozenset({1}), frozenset({2}), frozenset({1, 2})],
-    )
+    walk = Walk(Stored(open_folder(place / "llama")))
+    choices = [frozenset({1}), frozenset({2}), frozenset({1, 2})]
     return torch.tensor([bridged_losses(walk, ids, ids, choices), removal_losses(walk, ids, choices)])
 
 
@@ -128,9 +126,8 @@ def test_two_processes_rank_layers_as_one_does(place):
     alone = ranking(place, shrinking.windows().fit)
     for found in together:
         assert torch.allclose(found, alone, rtol=1e-5)
-    assert not torch.allclose(ranking(place, share(0).fit), alone, rtol=1e-4), (
-        "one share would say something else"
-    )
+    one_share = ranking(place, share(0).fit)
+    assert not torch.allclose(one_share, alone, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES, ids=map("-".join, CASES))

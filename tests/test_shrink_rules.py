@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,143 +12,13 @@ from transformers import PreTrainedModel
 import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.families import Family, load_family
-from dslm.shrink import encoder, find_twins, fold, packing, rebuild, reconstruct, redundancy, rotate, weights
+from dslm.shrink import encoder, rebuild, reconstruct, rotate, weights
 from dslm.shrink.fold import select
-from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.select import top
 from dslm.shrink.weights import Stored
 from growing import grow, load, logits, off
 from pico import make_model, read_config, save, tokens
-from test_exact_stage import written
-from test_rules import not_normed, with_line, without_table_fields
-
-WRONG = 1e-3
-Patch = Callable[[pytest.MonkeyPatch], None]
-Plant = Callable[[PreTrainedModel], None]
-
-
-def instead(owner: object, name: str, make: Callable) -> Patch:
-    """Put ``make(what was there)`` in a function's place."""
-    return lambda monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A model that needs a rule, as it is or with something planted, and sizes to grow or to cut to.
-
-    For a fit, ``worse`` is how much larger the error of the stream on held-out tokens is without the rule.
-    """
-
-    family: str
-    variant: str
-    without: Patch
-    sizes: dict = field(default_factory=dict)
-    plant: Plant = lambda model: None
-    method: str = "hypercloning"
-    worse: float = 0.0
-
-    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        model = make_model(self.family, self.variant, dtype=dtype)
-        with torch.no_grad():
-            self.plant(model)
-        model.save_pretrained(folder)
-        return model
-
-
-# ---------------------------------------------------------------- the exact stage: what growth added goes
-
-
-def without_amplitudes(fold_stream):
-    def fold_only(*arguments, **options):
-        found = fold_stream(*arguments, **options)
-        return dataclasses.replace(found, amplitude_T=torch.ones_like(found.amplitude_T))
-
-    return fold_only
-
-
-def without_watching_the_mean(ask_writer):
-    def ask(self, found):
-        answer, self.centred = ask_writer(self, found), True
-        return answer
-
-    return ask
-
-
-def stream(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Phi's tables, matrices and vectors that write the stream or scale it, channels first."""
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("embed_tokens", "self_attn.dense", "fc2", "norm")):
-            yield name, parameter.T if "embed_tokens" in name else parameter
-
-
-def one_copied_channel(model: PreTrainedModel) -> None:
-    for _, rows in stream(model):
-        rows[7] = rows[3]
-
-
-def zero_channels(model: PreTrainedModel) -> None:
-    for _, rows in stream(model):
-        rows[5:9] = 0
-
-
-def centred_zero_channels(model: PreTrainedModel) -> None:
-    zero_channels(model)
-    live = [*range(5), *range(9, 32)]
-    for name, rows in stream(model):
-        if "norm" not in name:
-            rows[live] -= rows[live].mean(dim=0)
-
-
-UNSCALED = instead(redundancy, "fold_stream", without_amplitudes)
-UNSCALED_HEADS = instead(packing, "_balanced", lambda _: lambda heads, leaders: heads)
-ONLY_KEPT = instead(fold.Fold, "balanced", lambda _: lambda kept, stored, is_gain: stored[kept.keep_T])
-ALL_GAINS = instead(
-    fold.Fold, "balanced", lambda whole: lambda kept, stored, is_gain: whole(kept, stored, is_gain=True)
-)
-NO_FACTOR = instead(weights, "table_factor", lambda _: lambda *sizes: 1.0)
-MEAN_UNSEEN = instead(find_twins._Stream, "ask_writer", without_watching_the_mean)
-BIAS_NOT_NORMED = with_line("model.layers.{layer}.self_attn.q_proj.bias", not_normed)
-EXACT = {
-    "amplitudes: weighted copies": Rule("llama", "mha", UNSCALED, {"hidden_size": 48}),
-    "amplitudes: padding": Rule("llama", "mha", UNSCALED, {"hidden_size": 48}, method="padding"),
-    "tied table: a gain": Rule("llama", "gqa-tied", ONLY_KEPT, {"hidden_size": 64}),
-    "tied table: a shift": Rule("phi", "tied", ALL_GAINS, plant=centred_zero_channels),
-    "norm over all heads, queries": Rule("olmo2", "gqa-tied", UNSCALED_HEADS, {"num_attention_heads": 6}),
-    "norm over all heads, keys": Rule(
-        "olmo2", "gqa-tied", UNSCALED_HEADS, {"num_attention_heads": 12, "num_key_value_heads": 3}
-    ),
-    "norm over all heads, bias": Rule("olmo2", "biases", BIAS_NOT_NORMED, {"num_attention_heads": 6}),
-    "LayerNorm: equal copies": Rule("phi", "mha", without_table_fields(norm="rms"), plant=one_copied_channel),
-    "LayerNorm: zero where the mean is": Rule("phi", "mha", MEAN_UNSEEN, plant=zero_channels),
-    "Gemma's 1 + gain": Rule(
-        "gemma2", "windows-softcaps", without_table_fields(gain_offset=0), {"hidden_size": 64}
-    ),
-    "Gemma's embedding multiplier": Rule("gemma", "mqa", NO_FACTOR, {"hidden_size": 64}),
-    "Gemma's embedding multiplier, untied": Rule(
-        "gemma", "mha-untied", without_table_fields(embedding_multiplier="none"), {"hidden_size": 64}
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT.keys())
-def test_the_exact_stage_needs_the_rule(rule, tmp_path, monkeypatch):
-    model = rule.save(tmp_path / "source", torch.float64)
-    folder, floor = tmp_path / "source", open_folder(tmp_path / "source").sizes
-    if rule.sizes:
-        folder = grow(folder, tmp_path / "grown", floor.replace(**rule.sizes), method=rule.method)
-    else:
-        floor = floor.replace(hidden_size=4)
-
-    def distance(name: str) -> float:
-        found = exact_stage(Stored(open_folder(folder)), floor)
-        assert found.removed or (name == "with" and not rule.sizes)
-        shrunk = load(written(found.weights, tmp_path / name), torch.float64)
-        return off(logits(model, tokens(6)), logits(shrunk, tokens(6)))
-
-    assert distance("with") < 5e-6
-    rule.without(monkeypatch)
-    assert distance("without") > WRONG
-
+from ruling import WRONG, Rule, instead
 
 # ---------------------------------------------------------------- what stays: the rest does next to nothing
 
@@ -324,24 +191,22 @@ ALL_ADD = instead(reconstruct, "anatomy", adding)
 WITH_MEAN = instead(reconstruct, "less_constant", lambda _: lambda gram: gram[:-1, :-1])
 NO_BIAS = instead(reconstruct, "bias_of", lambda _: lambda walk, name: None)
 ALL_ALIKE = instead(rebuild, "Recipe", lambda recipe: lambda: recipe(weigh_tokens=False))
+UNITS = {"intermediate_size": 24}
 FITS = {
-    "a norm behind the writers": (Rule("olmo2", "mha", ALL_ADD, worse=1.4), (0, 1, 2)),
-    "norms on both sides": (Rule("gemma2", "windows-softcaps", ALL_ADD, worse=1.25), (0, 1, 2)),
-    "biases are fitted": (Rule("llama", "biases", NO_BIAS, plant=constant_block, worse=10), (0, 2)),
-    "a bias makes up for means": (
-        Rule("llama", "biases", WITH_MEAN, plant=constant_units, worse=1.5),
-        (0, 1, 2),
-    ),
-    "large tokens count no more": (Rule("llama", "mha", ALL_ALIKE, plant=sinks, worse=10), (0, 1, 2)),
+    "a norm behind the writers": Rule("olmo2", "mha", ALL_ADD, UNITS, worse=1.4),
+    "norms on both sides": Rule("gemma2", "windows-softcaps", ALL_ADD, UNITS, worse=1.25),
+    "biases are fitted": Rule("llama", "biases", NO_BIAS, TWO_LAYERS, constant_block, worse=10),
+    "a bias makes up for means": Rule("llama", "biases", WITH_MEAN, UNITS, constant_units, worse=1.5),
+    "large tokens count no more": Rule("llama", "mha", ALL_ALIKE, UNITS, sinks, worse=10),
 }
 
 
-@pytest.mark.parametrize(("rule", "layers"), FITS.values(), ids=FITS.keys())
-def test_a_fit_needs_the_rule(rule, layers, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rule", FITS.values(), ids=FITS.keys())
+def test_a_fit_needs_the_rule(rule, tmp_path, monkeypatch):
     rule.save(tmp_path)
     source = open_folder(tmp_path)
-    units = 24 if len(layers) == 3 else source.sizes.intermediate_size
-    target = source.sizes.replace(intermediate_size=units, num_hidden_layers=len(layers))
+    target = source.sizes.replace(**rule.sizes)
+    layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
 
     def error() -> float:
         windows = shrinking.windows(fit=64)
@@ -352,21 +217,44 @@ def test_a_fit_needs_the_rule(rule, layers, tmp_path, monkeypatch):
     assert error() > rule.worse * with_rule
 
 
-def test_of_units_that_were_copies_before_they_were_trained_one_stays(tmp_path, monkeypatch):
-    """A model grown to twice its FFN, with noise on every weight: no longer copies, so nothing is redundant."""
+@pytest.fixture
+def trained_copies(tmp_path):
+    """A model of 96 units, 48 of which were copies before all weights got some noise, and the sizes before it grew."""
     small = shrinking.make_source(tmp_path / "small", "llama", "mha")
-    grow(small, tmp_path / "grown", small.sizes.replace(intermediate_size=2 * small.sizes.intermediate_size))
+    grow(small, tmp_path / "grown", small.sizes.replace(intermediate_size=96))
     model, generator = load(tmp_path / "grown", torch.float32), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=generator)
-    source = open_folder(save(model, tmp_path / "trained"))
+    return open_folder(save(model, tmp_path / "trained")), small.sizes
+
+
+ALONE = instead(reconstruct, "keep_units", lambda keep: lambda *a, refitted: keep(*a, refitted=False))
+
+
+def test_of_units_that_were_copies_before_they_were_trained_one_stays(trained_copies, tmp_path, monkeypatch):
+    source, target = trained_copies
 
     def error() -> float:
         windows = shrinking.windows(fit=64)
-        return rebuild.rebuild(Stored(source), small.sizes, (0, 1, 2), None, windows, tmp_path).errors[-1]
+        return rebuild.rebuild(Stored(source), target, (0, 1, 2), None, windows, tmp_path).errors[-1]
 
     together = error()
-    alone = instead(reconstruct, "keep_units", lambda keep: lambda *a, refitted: keep(*a, refitted=False))
-    alone(monkeypatch)
+    ALONE(monkeypatch)
     assert error() > 4 * together
+
+
+@pytest.mark.parametrize(("length", "differs"), [(191, False), (192, True)])
+def test_too_few_tokens_do_not_tell_what_units_make_up_for(
+    length, differs, trained_copies, tmp_path, monkeypatch
+):
+    """Two tokens for each of 96 units are enough."""
+    source, target = trained_copies
+    few = rebuild.Windows(tokens(1, rows=1, length=length), tokens(2, rows=2, length=length), {})
+
+    def error() -> float:
+        return rebuild.rebuild(Stored(source), target, (0, 1, 2), None, few, tmp_path).errors[-1]
+
+    found = error()
+    ALONE(monkeypatch)
+    assert (error() != found) == differs

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dslm.progress import Progress
 from dslm.shrink.solve import Moments, sum_over_processes
-from dslm.shrink.streams import batches
+from dslm.shrink.streams import batches, token_weights
 from dslm.shrink.survey import removal_losses
 from dslm.shrink.tap import anatomy, bias_of, watch, with_one
 from dslm.shrink.walk import Walk, mean_loss
@@ -102,10 +102,11 @@ def bridged_losses(
     teacher = walk.embed(fit_BT)
     streams: dict[tuple[Gap, ...], Tensor] = {(): walk.embed(ids_BT)}
     read: dict[tuple[Gap, ...], Tensor] = {}
-    before: dict[int, tuple[Tensor, Tensor]] = {}
+    before: dict[int, tuple[Tensor, Tensor, bool]] = {}
     for layer in range(len(walk.blocks) + 1):
         for gap in sorted(gap for gap in gaps if gap[1] == layer):
-            bridge_XD = _bridge(*before[gap[0]], teacher)
+            x_BTX, before_BTD, biased = before[gap[0]]
+            bridge_XD = _bridge(x_BTX, before_BTD, teacher, biased=biased)
             for history in [history for history in streams if history[-1:] == (gap,)]:
                 streams[history] = streams[history] + read[history] @ bridge_XD
                 del read[history]
@@ -125,8 +126,8 @@ def bridged_losses(
                     streams[fork], read[fork] = streams[history], x_BTX
             if before or any(start > layer for start, _ in gaps):
                 teacher, x_BTX = _past(walk, layer, teacher, writer)
-                if leaving:
-                    before[layer + 1] = x_BTX, teacher
+                if writer is not None:
+                    before[layer + 1] = x_BTX, teacher, bias_of(walk, writer) is not None
         if progress is not None:
             progress("ranking layers", layer + 1, len(walk.blocks))
     with walk.head() as logits:
@@ -156,21 +157,19 @@ def _leaves(plan: tuple[Gap, ...], history: tuple[Gap, ...]) -> float:
     return float("inf") if plan == history else plan[len(history)][0]
 
 
-def _bridge(x_BTX: Tensor, before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
+def _bridge(x_BTX: Tensor, before_BTD: Tensor, after_BTD: Tensor, *, biased: bool) -> Tensor:
     """The map from what the last writer before a gap reads to what is missing behind the gap, ``[X, D]``.
 
-    Tokens weigh one over the mean square of the stream behind; the ridge is as strong as the features outnumber the
-    tokens, and spares the one of a bias.
+    The ridge is as strong as the features outnumber the tokens; the last feature is free of it where it is a bias's.
     """
     inputs, outputs, length = x_BTX.shape[2], before_BTD.shape[2], before_BTD.shape[1]
     moments = Moments.zero(inputs, outputs, before_BTD.device)
     for some in batches(0, len(before_BTD), length):
         x_NX, before_ND, after_ND = (t[some].flatten(0, 1) for t in (x_BTX, before_BTD, after_BTD))
-        weight_N = 1.0 / after_ND.square().mean(dim=1).clamp_min(1e-12)
-        moments.add(x_NX, after_ND - before_ND, weight_N)
+        moments.add(x_NX, after_ND - before_ND, token_weights(after_ND))
     diagonal_X = moments.summed().gram_XX.diagonal()
     tokens = float(sum_over_processes(torch.tensor(float(before_BTD[..., 0].numel()))))
-    damped = inputs - int(bool((x_BTX[..., -1] == 1).all()))
+    damped = inputs - int(biased)
     diagonal_X[:damped] += diagonal_X[:damped] * inputs / tokens
     diagonal_X += diagonal_X.mean() * 1e-9 + 1e-30
     bridge_XD: Tensor = torch.cholesky_solve(moments.cross_YX.T, torch.linalg.cholesky(moments.gram_XX))

@@ -18,13 +18,13 @@ from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.refine import refine
 from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
-from dslm.shrink.streams import Streams
+from dslm.shrink.streams import Streams, token_weights
 from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, tap, watch, with_one
 from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
 
 ENOUGH = 2
-"""Tokens for each FFN unit below which nobody knows what units could make up for: those with the largest norms stay."""
+"""Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Rebuilder:
                     x_NX = with_one(x_NX).double()  # what is left without the mean may be small
                 if name not in moments:
                     moments[name] = Moments.zero(x_NX.shape[1], 0, x_NX.device)
-                weight_N = self._token_weights(out.flatten(0, 1)) if refitted else None
+                weight_N = self._weights(out.flatten(0, 1)) if refitted else None
                 moments[name].add(x_NX, x_NX[:, :0], weight_N)
         for name in watched:
             gram_XX = moments.pop(name).summed().gram_XX
@@ -146,11 +146,9 @@ class Rebuilder:
         )
         self.folds.update({(word, origin): fold for word, fold in kept.items()})
 
-    def _token_weights(self, goal_ND: Tensor) -> Tensor | None:
-        """One over the mean square of the stream behind; None where all tokens count alike."""
-        if not self.recipe.weigh_tokens:
-            return None
-        return 1.0 / goal_ND.square().mean(dim=1).clamp_min(1e-12)
+    def _weights(self, stream_ND: Tensor) -> Tensor | None:
+        """What tokens count, given the stream behind; None where all count alike."""
+        return token_weights(stream_ND) if self.recipe.weigh_tokens else None
 
     def _stage(self, stage: Stage, shape: Anatomy, layer: int, origin: int, streams: Streams) -> None:
         if stage.writes:
@@ -194,7 +192,7 @@ class Rebuilder:
         }
         for windows, fit in streams.used():
             x_NX, target_NY = self._writer_pair(name, shape, layer, origin, streams, windows)
-            weight_N = self._token_weights(streams.ahead[windows].flatten(0, 1).to(x_NX.device))
+            weight_N = self._weights(streams.ahead[windows].flatten(0, 1).to(x_NX.device))
             sums[fit].add(x_NX, target_NY, weight_N)
         self._accept({fit: one.summed() for fit, one in sums.items()}, prior_YX, [own])
 

@@ -7,8 +7,8 @@ others have made up for it: the optimal brain surgeon (Hassibi and Stork 1992, "
 pruning") with a unit's column in place of a weight. The score of a head is the root mean square of what it adds to the
 stream. Tokens may be weighted, and where a bias makes up for the mean only what varies counts.
 
-Shape letters: M FFN units, P units looked at, J units that go, H query heads, K key-value
-heads, G query heads of one key-value head, D stream.
+Shape letters: M FFN units, P units looked at, J units that go, H query heads, K key-value heads, G query heads of one
+key-value head, D stream, X what a writer reads.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def _damped_inverse(gram_MM: Tensor) -> Tensor:
     """In the Gram's own memory: it is the largest thing that choosing units needs."""
     diagonal_M = gram_MM.diagonal()
     diagonal_M += _DAMPING * diagonal_M + 1e-9 * diagonal_M.mean() + 1e-30
-    torch.linalg.cholesky(gram_MM, out=gram_MM)
-    return torch.cholesky_inverse(gram_MM, out=gram_MM)
+    columns_first_MM = gram_MM.T  # as LAPACK wants it; otherwise it works on a copy
+    torch.linalg.cholesky(columns_first_MM, out=columns_first_MM)
+    return torch.cholesky_inverse(columns_first_MM, out=columns_first_MM)
 
 
 def less_constant(gram_XX: Tensor) -> Tensor:

@@ -74,3 +74,8 @@ def batches(start: int, stop: int, length: int) -> Iterator[slice]:
     step = max(1, BATCH_TOKENS // length)
     for first in range(start, stop, step):
         yield slice(first, min(first + step, stop))
+
+
+def token_weights(stream_ND: Tensor) -> Tensor:
+    """One over each token's mean square, so that tokens whose stream is hundreds of times larger count no more."""
+    return 1.0 / stream_ND.square().mean(dim=1).clamp_min(1e-12)

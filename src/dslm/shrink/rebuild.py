@@ -19,6 +19,7 @@ from dslm.families import Family
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key
 from dslm.shrink.head import fit_head
+from dslm.shrink.memo import Memo
 from dslm.shrink.reconstruct import Rebuilder, Recipe
 from dslm.shrink.streams import Streams, empty_stream
 from dslm.shrink.walk import Walk, mean_loss
@@ -146,7 +147,17 @@ def rebuild(
         held_out=len(windows.held_out),
     )
     run = _Run(teacher, student, streams, folder)
-    rebuilder = Rebuilder(teacher, student, folds, stream, before, target, recipe or Recipe())
+    rebuilder = Rebuilder(
+        teacher,
+        student,
+        folds,
+        stream,
+        before,
+        target,
+        recipe or Recipe(),
+        Memo(teacher, tokens.shape, folder, "heads"),
+        Memo(student, tokens.shape, folder, "heads-anew"),
+    )
     following = (*layers[1:], before.num_hidden_layers)
     for layer, (origin, until) in enumerate(zip(layers, following, strict=True)):
         run.keep(f"block-{layer}", rebuilder.block(layer, origin, until, streams))

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
+from dslm.shrink.memo import Memo
 from dslm.shrink.refine import refine
 from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
 from dslm.shrink.streams import Streams, token_weights
-from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, tap, watch, with_one
+from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, reads_heads, tap, watch, with_one
 from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
 
@@ -60,6 +61,8 @@ class Rebuilder:
         source: the teacher's sizes.
         target: the student's sizes.
         recipe: how blocks are rebuilt.
+        teacher_memo: what the teacher's attention makes of each window, for the block at hand.
+        student_memo: the same of the student's, once the matrices before it are solved.
         errors: relative squared error of the student's stream after each block, on held-out windows.
     """
 
@@ -70,6 +73,8 @@ class Rebuilder:
     source: Sizes
     target: Sizes
     recipe: Recipe
+    teacher_memo: Memo
+    student_memo: Memo
     errors: list[float] = field(default_factory=list)
 
     def block(self, layer: int, origin: int, until: int, streams: Streams) -> dict[str, Tensor]:
@@ -86,6 +91,8 @@ class Rebuilder:
         """
         with self.teacher.block(origin):
             shape = anatomy(self.teacher, origin, streams.teacher[:1].to(self.teacher.device))
+            self.teacher_memo.turn_to(origin, shape.attention)
+            self.student_memo.turn_to(layer, shape.attention)
             self._look_ahead(origin, shape, streams)
         for skipped in range(origin + 1, until):
             with self.teacher.block(skipped):
@@ -97,6 +104,7 @@ class Rebuilder:
                 for stage in shape.stages:
                     self._stage(stage, shape, layer, origin, streams)
             if self.recipe.refine:
+                self.student_memo.turn_to(layer, None)
                 self._refine(layer, streams)
             self._move_on(layer, streams)
             names = [n for n, place in self.student.places.items() if place.line.layer == layer]
@@ -107,14 +115,17 @@ class Rebuilder:
         units_change = self.source.intermediate_size != self.target.intermediate_size
         heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
         heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
-        reads_heads = {name: "head_dim" in self._read_by(name) for name in shape.writers}
-        watched = [name for name, heads in reads_heads.items() if (heads_change if heads else units_change)]
+        changes = {True: heads_change, False: units_change}
+        watched = [name for name in shape.writers if changes[reads_heads(self.teacher, name)]]
         tokens = float(sum_over_processes(torch.tensor(float(streams.fit * streams.teacher.shape[1]))))
         refitted = self.recipe.solve and tokens >= ENOUGH * self.source.intermediate_size
         moments: dict[str, Moments] = {}
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
-            out, seen = watch(self.teacher, origin, hidden, watched if windows.start < streams.fit else ())
+            with self.teacher_memo.of(windows):
+                out, seen = watch(
+                    self.teacher, origin, hidden, watched if windows.start < streams.fit else ()
+                )
             streams.ahead[windows] = out.cpu()
             for name, x_NX in seen.items():
                 if refitted and bias_of(self.teacher, name):
@@ -127,15 +138,12 @@ class Rebuilder:
             gram_XX = moments.pop(name).summed().gram_XX
             if len(gram_XX) > self.teacher.get(name).shape[1]:
                 gram_XX = less_constant(gram_XX)
-            if reads_heads[name]:
+            if reads_heads(self.teacher, name):
                 self._keep_heads(gram_XX, name, origin)
             else:
                 writer, count = self.teacher.get(name), self.target.intermediate_size
                 kept = keep_units(gram_XX, writer, count, refitted=refitted)
                 self.folds["intermediate", origin] = kept
-
-    def _read_by(self, name: str) -> tuple[str, ...]:
-        return self.teacher.places[name].line.spec.axes[1].dimensions
 
     def _keep_heads(self, gram_XX: Tensor, name: str, origin: int) -> None:
         kept = choose_heads(
@@ -166,8 +174,10 @@ class Rebuilder:
         sums = {fit: Moments.zero(*widths, self.student.device) for fit in (True, False)}
         powers = {fit: Moments.zero(widths[1], 0, self.student.device) for fit in (True, False)}
         for windows, fit in streams.used():
-            x_NX = _read(self.student, layer, streams.student[windows], own[0])
-            wanted_NX = _read(self.teacher, origin, streams.teacher[windows], names[0])
+            with self.student_memo.of(windows, own):
+                x_NX = _read(self.student, layer, streams.student[windows], own[0])
+            with self.teacher_memo.of(windows, names):
+                wanted_NX = _read(self.teacher, origin, streams.teacher[windows], names[0])
             sums[fit].add(x_NX, wanted_NX)
             powers[fit].add(wanted_NX, wanted_NX[:, :0])
         moments = {
@@ -206,14 +216,16 @@ class Rebuilder:
         before = [_moved(n, origin, layer) for n in shape.writers[:position]] if aims_at_stream else []
         own = _moved(name, origin, layer)
         hidden = streams.student[windows].to(self.student.device)
-        seen = tap(self.student, layer, hidden, inputs=[own], outputs=before)
+        with self.student_memo.of(windows):
+            seen = tap(self.student, layer, hidden, inputs=[own], outputs=before)
         x_NX = with_one(seen[own]) if bias_of(self.student, own) else seen[own]
         teacher_hidden = streams.teacher[windows].to(self.teacher.device)
         if aims_at_stream and is_last:
             goal_ND = streams.ahead[windows].flatten(0, 1).to(self.teacher.device)
         else:
             outputs = shape.writers[: position + 1] if aims_at_stream else [name]
-            given = tap(self.teacher, origin, teacher_hidden, outputs=outputs)
+            with self.teacher_memo.of(windows):
+                given = tap(self.teacher, origin, teacher_hidden, outputs=outputs)
             goal_ND = torch.stack(list(given.values())).sum(dim=0)
             if aims_at_stream:
                 goal_ND = goal_ND + teacher_hidden.flatten(0, 1)
@@ -261,7 +273,8 @@ class Rebuilder:
         off, whole = 0.0, 0.0
         held_out = range(streams.fit, streams.fit + streams.held_out)
         for windows in streams.batches():
-            out = self.student.run(layer, streams.student[windows].to(self.student.device)).cpu()
+            with self.student_memo.of(windows):
+                out = self.student.run(layer, streams.student[windows].to(self.student.device)).cpu()
             streams.student[windows] = out
             streams.teacher[windows] = streams.ahead[windows]
             if windows.start in held_out:

@@ -16,6 +16,9 @@ from dslm.errors import VerificationError
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Strengths that are tried, relative to each feature's own second moment."""
 
+_ROWS = 512
+"""Rows of a matrix of moments that are added at once."""
+
 
 @dataclass(slots=True, eq=False)
 class Moments:
@@ -43,8 +46,8 @@ class Moments:
     def add(self, x_NX: Tensor, y_NY: Tensor, weight_N: Tensor | None = None) -> None:
         """Add some tokens: products in the inputs' dtype, sums in float64."""
         weighted_NX = x_NX if weight_N is None else x_NX * weight_N[:, None]
-        self.gram_XX += weighted_NX.T @ x_NX
-        self.cross_YX += y_NY.T @ weighted_NX
+        _add_product(self.gram_XX, weighted_NX, x_NX)
+        _add_product(self.cross_YX, y_NY, weighted_NX)
         weighted_NY = y_NY if weight_N is None else y_NY * weight_N[:, None]
         self.power_Y += (weighted_NY * y_NY).sum(dim=0)
 
@@ -66,6 +69,13 @@ class Moments:
         return (
             self.power_Y - 2.0 * (w_YX * self.cross_YX).sum(dim=1) + (w_YX @ self.gram_XX * w_YX).sum(dim=1)
         )
+
+
+def _add_product(sums_PQ: Tensor, a_NP: Tensor, b_NQ: Tensor) -> None:
+    """Add ``a^T b`` some rows at a time: whole, the product and its float64 copy would take more than the sums do."""
+    for start in range(0, len(sums_PQ), _ROWS):
+        rows = slice(start, start + _ROWS)
+        sums_PQ[rows] += a_NP[:, rows].T @ b_NQ
 
 
 def sum_over_processes(sums: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Shape letters: B windows, T tokens, D hidden size, X input features, Y outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,33 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """A part of a block that ends with the matrix that reads the heads.
+
+    Attributes:
+        module: the part's name in the block.
+        last: that matrix' module's name in the part.
+        results: how many results the part gives, the stream's first; None where it gives that alone.
+    """
+
+    module: str
+    last: str
+    results: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Anatomy:
     """What one pass through a block shows.
 
     Attributes:
         stages: its linear modules in running order.
+        attention: what can be skipped once what its last matrix reads is known; None if the block has no such part.
         adds: whether the block's output is its input plus what its writers give. Where a norm follows the writers
             (OLMo-2, Gemma 2 and 3) it is not.
     """
 
     stages: tuple[Stage, ...]
+    attention: Attention | None
     adds: bool
 
     @property
@@ -59,6 +76,13 @@ def anatomy(walk: Walk, layer: int, hidden_BTD: Tensor) -> Anatomy:
             seen.append((name, args[0], out))
 
         handles.append(module.register_forward_hook(hook))
+    given: dict[str, Any] = {}
+    for part, module in walk.blocks[layer].named_children():
+
+        def keep(module: nn.Module, args: Any, out: Any, part: str = part) -> None:
+            given[part] = out
+
+        handles.append(module.register_forward_hook(keep))
     try:
         out_BTD = walk.run(layer, hidden_BTD)
     finally:
@@ -77,7 +101,29 @@ def anatomy(walk: Walk, layer: int, hidden_BTD: Tensor) -> Anatomy:
         if writes_stream(walk, name):
             written += y.view_as(written)
     scale = out_BTD.abs().max().clamp_min(1e-30)
-    return Anatomy(tuple(stages), bool((written - out_BTD).abs().max() < 1e-4 * scale))
+    heads = {name: y for name, _, y in seen if reads_heads(walk, name)}
+    attention = _attention(walk, layer, heads, given)
+    return Anatomy(tuple(stages), attention, bool((written - out_BTD).abs().max() < 1e-4 * scale))
+
+
+def _attention(
+    walk: Walk, layer: int, heads: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> Attention | None:
+    """The part of the block whose result is, as it stands, what the matrix that reads the heads gives."""
+    modules = {name: module for module, name in walk.linears(layer).items()}
+    for name, y in heads.items():
+        for part, out in given.items():
+            if (out[0] if isinstance(out, tuple) else out) is not y:
+                continue
+            for last, module in walk.blocks[layer].get_submodule(part).named_modules():
+                if last and module is modules[name]:
+                    return Attention(part, last, len(out) if isinstance(out, tuple) else None)
+    return None
+
+
+def reads_heads(walk: Walk, name: str) -> bool:
+    """Whether a matrix reads what attention heads give."""
+    return "head_dim" in walk.places[name].line.spec.axes[1].dimensions
 
 
 def writes_stream(walk: Walk, name: str) -> bool:

@@ -62,6 +62,22 @@ def target_of(source, share: float, method: str, hidden: int | None, layers: int
     )
 
 
+def by_weights(source):
+    """Scores of units that look at weights alone: the span of each row of gate and up, as optipfair's default does.
+
+    Llama's names of matrices; which block is meant is told by its writer.
+    """
+    weights, scores = Stored(source), {}
+    for layer in range(source.sizes.num_hidden_layers):
+        gate, up, down = (
+            weights.read(f"model.layers.{layer}.mlp.{part}_proj.weight").float()
+            for part in ("gate", "up", "down")
+        )
+        spans = [rows.amax(dim=1) + rows.amin(dim=1).abs() for rows in (gate, up)]
+        scores[float(down.sum(dtype=torch.float64))] = sum(spans)
+    return lambda power, writer: scores[float(writer.sum(dtype=torch.float64))].double()
+
+
 def forward_seconds(weights, ids_BT: torch.Tensor) -> float:
     """Time of one pass of a model over some windows, blocks only, loaded and run as shrinking does."""
     walk = Walk(weights)
@@ -112,10 +128,10 @@ def main() -> None:
                     Walk(Stored(source)), few(windows.fit), tied=target.tied, rotate=rotate
                 )
                 stream = survey.encoder(target.hidden_size)
-            scores = (lambda power, writer: writer.norm(dim=0)) if method == "magnitude" else None
+            scores = by_weights(source) if method == "magnitude" else select.unit_scores
             with (
                 tempfile.TemporaryDirectory() as folder,
-                mock.patch.object(select, "unit_scores", scores or select.unit_scores),
+                mock.patch.object(select, "unit_scores", scores),
             ):
                 chosen, begin = (target, recipe.solve), time.perf_counter()
                 if chosen not in layers:  # the ablations share them

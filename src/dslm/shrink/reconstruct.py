@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.memo import Memo
-from dslm.shrink.refine import refine
+from dslm.shrink.refine import FAR, STEP, TOKENS, refine
 from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
 from dslm.shrink.streams import Streams, token_weights
@@ -26,6 +26,8 @@ from dslm.sizes import Sizes
 
 ENOUGH = 2
 """Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
+PASSES = 20
+"""Times that a block which stands for dropped ones sees the tokens to fit on, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Recipe:
         drift: let writers aim at the teacher's stream, and not only at what its block adds.
         weigh_tokens: weight each token by one over the mean square of the stream.
         ridges: strengths that are tried.
-        refine: optimiser steps on each block after the closed form.
+        bridge: optimiser steps at most on a block that stands for dropped ones too, after the closed form.
+        refine: the same on each block.
     """
 
     solve: bool = True
@@ -46,6 +49,7 @@ class Recipe:
     drift: bool = True
     weigh_tokens: bool = True
     ridges: tuple[float, ...] = RIDGES
+    bridge: int = 300
     refine: int = 0
 
 
@@ -103,9 +107,7 @@ class Rebuilder:
             if self.recipe.solve:
                 for stage in shape.stages:
                     self._stage(stage, shape, layer, origin, streams)
-            if self.recipe.refine:
-                self.student_memo.turn_to(layer, None)
-                self._refine(layer, streams)
+            self._refine(layer, streams, bridges=until > origin + 1)
             self._move_on(layer, streams)
             names = [n for n, place in self.student.places.items() if place.line.layer == layer]
             return {name: self.student.get(name).cpu() for name in names}
@@ -117,8 +119,7 @@ class Rebuilder:
         heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
         changes = {True: heads_change, False: units_change}
         watched = [name for name in shape.writers if changes[reads_heads(self.teacher, name)]]
-        tokens = float(sum_over_processes(torch.tensor(float(streams.fit * streams.teacher.shape[1]))))
-        refitted = self.recipe.solve and tokens >= ENOUGH * self.source.intermediate_size
+        refitted = self.recipe.solve and self._tokens(streams) >= ENOUGH * self.source.intermediate_size
         moments: dict[str, Moments] = {}
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
@@ -144,6 +145,10 @@ class Rebuilder:
                 writer, count = self.teacher.get(name), self.target.intermediate_size
                 kept = keep_units(gram_XX, writer, count, refitted=refitted)
                 self.folds["intermediate", origin] = kept
+
+    def _tokens(self, streams: Streams) -> int:
+        """Tokens to fit on, over all processes."""
+        return int(sum_over_processes(torch.tensor(streams.fit * streams.teacher.shape[1])))
 
     def _keep_heads(self, gram_XX: Tensor, name: str, origin: int) -> None:
         kept = choose_heads(
@@ -255,8 +260,15 @@ class Rebuilder:
                 weight_YX = weight_YX[:, :-1]
             self.student.put(name, weight_YX.contiguous())
 
-    def _refine(self, layer: int, streams: Streams) -> None:
-        """Train the block a little towards where the teacher's stream goes."""
+    def _refine(self, layer: int, streams: Streams, *, bridges: bool) -> None:
+        """Train the block a little towards where the teacher's stream goes; more if it stands for dropped ones too."""
+        steps = self.recipe.refine
+        if bridges and self.recipe.solve:
+            enough = -(-PASSES * self._tokens(streams) // TOKENS)
+            steps = max(steps, min(self.recipe.bridge, enough))
+        if not steps:
+            return
+        self.student_memo.turn_to(layer, None)
         refine(
             self.student,
             layer,
@@ -264,7 +276,8 @@ class Rebuilder:
             lambda windows: self._encoded(streams.ahead[windows].to(self.student.device)),
             streams.fit,
             range(streams.fit, streams.fit + streams.held_out),
-            steps=self.recipe.refine,
+            steps=steps,
+            step=FAR if bridges else STEP,
             seed=layer,
         )
 

@@ -85,6 +85,11 @@ def sum_over_processes(sums: Tensor) -> Tensor:
     return sums
 
 
+def processes() -> int:
+    """How many processes a distributed run has; one where there is none."""
+    return int(sum_over_processes(torch.tensor(1)))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
     """What a regression found.

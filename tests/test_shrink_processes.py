@@ -17,6 +17,7 @@ from dslm.checkpoint.reader import open_folder
 from dslm.shrink.depth import bridged_losses
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
+from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
@@ -47,6 +48,7 @@ place, rank = Path(sys.argv[1]), int(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
 for family, variant in test.CASES:
     test.save(test.shrunk(place, family, variant, test.share(rank)), place / f"{family}-{rank}.safetensors")
+test.save(test.bridged(place, test.share_of_many(rank), 300), place / f"bridged-{rank}.safetensors")
 torch.save(test.ranking(place, test.share(rank).fit), place / f"ranking-{rank}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -59,6 +61,21 @@ def share(rank: int) -> Windows:
     return Windows(fit, held_out, whole.checks)
 
 
+def share_of_many(rank: int) -> Windows:
+    """More windows than `share`, for optimiser steps."""
+    whole = shrinking.windows(fit=64)
+    return Windows(whole.fit.split((24, 40))[rank], whole.held_out.split((4, 2))[rank], whole.checks)
+
+
+def bridged(place: Path, windows: Windows, steps: int) -> Rebuilt:
+    """A model without its second layer, whose first one takes so many steps."""
+    source = open_folder(place / "olmo2")
+    scratch = place / f"bridged{steps}-{len(list(place.iterdir()))}-{os.getpid()}"
+    scratch.mkdir()
+    target = source.sizes.replace(num_hidden_layers=2)
+    return rebuild(Stored(source), target, (0, 2), None, windows, scratch, recipe=Recipe(bridge=steps))
+
+
 def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
     source = open_folder(place / family)
     target = source.sizes.replace(**CASES[family, variant])
@@ -68,7 +85,7 @@ def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
     if target.hidden_size == 24:
         stream = survey_stream(Walk(weights), windows.fit, tied=target.tied).encoder(24)
     layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
-    return rebuild(weights, target, layers, stream, windows, scratch)
+    return rebuild(weights, target, layers, stream, windows, scratch, recipe=Recipe(bridge=0))
 
 
 def ranking(place: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -139,3 +156,11 @@ def test_two_processes_find_what_one_finds(family, variant, place):
     for rank in range(2):
         part = tensors(shrunk(place, family, variant, share(rank)))
         assert distance(alone, part) > 1e-2, "a share of the windows is not enough to find it"
+
+
+def test_two_processes_take_the_same_steps(place):
+    together = [load_file(place / f"bridged-{rank}.safetensors") for rank in range(2)]
+    assert distance(*together) < 1e-6
+    without = bridged(place, shrinking.windows(fit=64), 0)
+    for found in together:
+        assert float(found["errors"][0]) < 0.95 * without.errors[0]

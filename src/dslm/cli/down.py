@@ -89,7 +89,7 @@ _SHOWN = 8  # shapes of a search
     default=0,
     show_default=True,
     metavar="STEPS",
-    help="Optimiser steps on every block after the closed form, not only before dropped ones.",
+    help="Optimiser steps on every block after the closed form, not only beside dropped ones.",
 )
 @click.option(
     "--check",

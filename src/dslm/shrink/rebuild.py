@@ -158,9 +158,10 @@ def rebuild(
         Memo(teacher, tokens.shape, folder, "heads"),
         Memo(student, tokens.shape, folder, "heads-anew"),
     )
+    behind = (0, *(layer + 1 for layer in layers[:-1]))
     following = (*layers[1:], before.num_hidden_layers)
-    for layer, (origin, until) in enumerate(zip(layers, following, strict=True)):
-        run.keep(f"block-{layer}", rebuilder.block(layer, origin, until, streams))
+    for layer, (since, origin, until) in enumerate(zip(behind, layers, following, strict=True)):
+        run.keep(f"block-{layer}", rebuilder.block(layer, since, origin, until, streams))
         if progress is not None:
             progress("shrinking", layer + 1, len(layers))
     if rebuilder.recipe.solve:

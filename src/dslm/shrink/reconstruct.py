@@ -27,7 +27,7 @@ from dslm.sizes import Sizes
 ENOUGH = 2
 """Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
 PASSES = 20
-"""Times that a block which stands for dropped ones sees the tokens to fit on, at most."""
+"""Times that a block beside dropped ones sees the tokens to fit on, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Recipe:
         drift: let writers aim at the teacher's stream, and not only at what its block adds.
         weigh_tokens: weight each token by one over the mean square of the stream.
         ridges: strengths that are tried.
-        bridge: optimiser steps at most on a block that stands for dropped ones too, after the closed form.
-        refine: the same on each block.
+        bridge: optimiser steps at most on the blocks beside dropped ones, after the closed form.
+        refine: optimiser steps on each block.
     """
 
     solve: bool = True
@@ -81,11 +81,12 @@ class Rebuilder:
     student_memo: Memo
     errors: list[float] = field(default_factory=list)
 
-    def block(self, layer: int, origin: int, until: int, streams: Streams) -> dict[str, Tensor]:
+    def block(self, layer: int, since: int, origin: int, until: int, streams: Streams) -> dict[str, Tensor]:
         """Rebuild one block and move both streams past it.
 
         Args:
             layer: the student's block.
+            since: the teacher's block behind the last one that was kept; this one, if none is dropped between.
             origin: the teacher's block that it comes from.
             until: the teacher's next block that is kept; those between are dropped, and this block makes up for them.
             streams: both streams before the block; they are moved on.
@@ -107,7 +108,9 @@ class Rebuilder:
             if self.recipe.solve:
                 for stage in shape.stages:
                     self._stage(stage, shape, layer, origin, streams)
-            self._refine(layer, streams, bridges=until > origin + 1)
+            self._refine(
+                layer, streams, beside_gap=not since == origin == until - 1, astray=until > layer + 1
+            )
             self._move_on(layer, streams)
             names = [n for n, place in self.student.places.items() if place.line.layer == layer]
             return {name: self.student.get(name).cpu() for name in names}
@@ -260,10 +263,17 @@ class Rebuilder:
                 weight_YX = weight_YX[:, :-1]
             self.student.put(name, weight_YX.contiguous())
 
-    def _refine(self, layer: int, streams: Streams, *, bridges: bool) -> None:
-        """Train the block a little towards where the teacher's stream goes; more if it stands for dropped ones too."""
+    def _refine(self, layer: int, streams: Streams, *, beside_gap: bool, astray: bool) -> None:
+        """Train the block a little towards where the teacher's stream goes.
+
+        Args:
+            layer: the student's block.
+            streams: both streams before it.
+            beside_gap: layers before or behind it are dropped, so that there is more to make up for.
+            astray: some are dropped so far, and not only narrowed.
+        """
         steps = self.recipe.refine
-        if bridges and self.recipe.solve:
+        if beside_gap and self.recipe.solve:
             enough = -(-PASSES * self._tokens(streams) // TOKENS)
             steps = max(steps, min(self.recipe.bridge, enough))
         if not steps:
@@ -277,7 +287,7 @@ class Rebuilder:
             streams.fit,
             range(streams.fit, streams.fit + streams.held_out),
             steps=steps,
-            step=FAR if bridges else STEP,
+            step=FAR if astray else STEP,
             seed=layer,
         )
 

@@ -1,10 +1,10 @@
 """Block-local refinement: a few optimiser steps on one rebuilt block, towards where the teacher's stream goes.
 
 The closed form solves each matrix alone; what is lost between a matrix and the nonlinearity behind it only the whole
-block sees. That is little where a block stands for itself, and much where it stands for dropped ones too: there it must
-become another function, and not only a smaller one. No labels and no backward pass through the model are needed: the
-block's input and goal are the streams that are there anyway. The idea of reconstructing by blocks is that of BRECQ
-(https://arxiv.org/abs/2102.05426).
+block sees. That is little where a block stands for itself, and much beside dropped ones: the block before them must
+become another function, and not only a smaller one, and the block behind them reads another stream. No labels and no
+backward pass through the model are needed: the block's input and goal are the streams that are there anyway. The idea
+of reconstructing by blocks is that of BRECQ (https://arxiv.org/abs/2102.05426).
 
 Shape letters: B windows, T tokens, D hidden size.
 """
@@ -21,7 +21,7 @@ from dslm.shrink.solve import processes, sum_over_processes
 from dslm.shrink.walk import Walk
 
 STEP, FAR = 0.003, 0.01
-"""Largest step, relative to the root mean square of each tensor: of a block for itself, of one that goes farther."""
+"""Largest step, relative to the root mean square of each tensor: at first, and once layers have been dropped."""
 TOKENS = 2048
 """Tokens in one step, over all processes of a distributed run."""
 

@@ -1,6 +1,6 @@
 """Shrinking a model that is larger than the memory it may use.
 
-Run: ``python benchmarks/shrink_limited.py --text FILE [--work FOLDER --layers 96 --limit 1.5]``. The checkpoint is
+Run: ``python benchmarks/shrink_limited.py --text FILE [--work FOLDER --layers 48 --limit 1.0]``. The checkpoint is
 synthetic (random numbers), deep and of moderate width. In bf16 it is already larger than the limit, which the operating
 system enforces on what the process may write to (``ulimit -d``); in float32, as it is computed, it is twice that.
 """
@@ -39,9 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="to calibrate on")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dslm-bench")
-    parser.add_argument("--layers", type=int, default=96)
-    parser.add_argument("--limit", type=float, default=1.5, help="in units of 1e9 bytes")
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--limit", type=float, default=1.0, help="in units of 1e9 bytes")
     parser.add_argument("--sizes", nargs="+", default=["--intermediate-size", "2048"])
+    parser.add_argument("--samples", type=int, default=4, help="windows of 512 tokens")
     asked = parser.parse_args()
     work = asked.work / "shrink_limited"
     source, out = work / "source", work / "small"
@@ -50,14 +51,15 @@ def main() -> None:
     write_checkpoint(source, CONFIG | {"num_hidden_layers": asked.layers})
     save_byte_tokenizer(source)
     dslm = str(Path(sys.executable).with_name("dslm"))
-    command = [dslm, "down", str(source), "-o", str(out), "--calibration", str(asked.text), "--samples", "16"]
+    command = [dslm, "down", str(source), "-o", str(out), "--calibration", str(asked.text)]
+    command += ["--samples", str(asked.samples)]
     limited = f'ulimit -d {int(asked.limit * 1e9) // 1024}; exec "$@"'
     seconds, peak = run(["sh", "-c", limited, "sh", *command, *asked.sizes])
     result = {
         "limit_bytes": int(asked.limit * 1e9),
         "source_bytes": folder_bytes(source),
         "output_bytes": folder_bytes(out),
-        "tokens": 16 * 512,
+        "tokens": asked.samples * 512,
         "seconds": seconds,
         "peak_resident_bytes": peak,
     }

@@ -13,13 +13,14 @@ import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.errors import DslmError
 from dslm.plan import plan_shrink
+from dslm.shrink import reconstruct, refine
 from dslm.shrink import walk as walk_module
 from dslm.shrink.down import shrink_checkpoint
 from dslm.shrink.rebuild import rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
-from growing import load, logits, off
+from growing import grow, load, logits, off
 
 every_variant = pytest.mark.parametrize(("family", "variant"), pico.CASES, ids=pico.IDS)
 
@@ -141,6 +142,30 @@ def test_a_block_before_a_gap_learns_what_is_gone(family, variant, tmp_path):
         found = rebuild(Stored(source), target, (0, 2), None, windows, tmp_path, recipe=Recipe(bridge=steps))
         errors[steps] = found.errors[0]
     assert errors[300] < 0.95 * errors[0]
+
+
+def test_blocks_beside_a_gap_take_steps_and_farther_ones_behind_it(tmp_path, monkeypatch):
+    small = shrinking.make_source(tmp_path / "small", "llama", "mha")
+    source = open_folder(grow(small, tmp_path / "source", small.sizes.replace(num_hidden_layers=5)))
+    target, windows = source.sizes.replace(num_hidden_layers=4), shrinking.windows(fit=64)
+    taken = []
+
+    def note(walk, layer, *arguments, steps, step, **options):
+        taken.append((layer, steps, step))
+
+    def steps_of(**recipe) -> list[tuple[int, int, float]]:
+        taken.clear()
+        rebuild(Stored(source), target, (0, 1, 3, 4), None, windows, tmp_path, recipe=Recipe(**recipe))
+        return list(taken)
+
+    monkeypatch.setattr(reconstruct, "refine", note)
+    passes = -(-reconstruct.PASSES * windows.fit.numel() // refine.TOKENS)
+    assert 10 < passes < 20
+    assert steps_of(bridge=10) == [(1, 10, refine.FAR), (2, 10, refine.FAR)]
+    assert steps_of() == [(1, passes, refine.FAR), (2, passes, refine.FAR)]
+    far = [(layer, max(11, steps), refine.FAR) for layer, steps in ((1, passes), (2, passes), (3, 0))]
+    assert steps_of(refine=11) == [(0, 11, refine.STEP), *far]
+    assert steps_of(solve=False) == []
 
 
 @pytest.mark.parametrize(

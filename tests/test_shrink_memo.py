@@ -11,7 +11,7 @@ import pico
 import shrinking
 from dslm.shrink import rebuild
 from dslm.shrink.memo import Memo
-from dslm.shrink.walk import Walk
+from dslm.shrink.walk import Walk, mean_loss
 from dslm.shrink.weights import Stored
 
 QUERIES = ("q_proj.weight", "qkv_proj.weight", "query_key_value.weight")
@@ -52,3 +52,26 @@ def test_attention_runs_once_for_each_window(family, variant, tmp_path, monkeypa
     assert with_memo.keys() == without.keys()
     for name, tensor in with_memo.items():
         assert torch.equal(tensor, without[name]), name
+
+
+@pytest.mark.parametrize(("family", "variant"), [("llama", "gqa-tied"), ("olmo2", "mha"), ("phi", "mha")])
+def test_the_loss_that_is_reported_is_that_of_the_model(family, variant, tmp_path):
+    """Fewer layers, heads and units, and blocks that took steps: what was remembered is not taken for what is."""
+    source = shrinking.make_source(tmp_path / "source", family, variant)
+    heads, groups = source.sizes.num_attention_heads, source.sizes.num_key_value_heads
+    target = source.sizes.replace(
+        num_hidden_layers=2,
+        num_attention_heads=heads // 2,
+        num_key_value_heads=groups // 2,
+        intermediate_size=source.sizes.intermediate_size // 2,
+    )
+    windows = shrinking.windows(fit=64)
+    found = rebuild.rebuild(Stored(source), target, (0, 2), None, windows, tmp_path)
+    walk = Walk(found)
+    stream = walk.embed(windows.held_out)
+    for layer in range(2):
+        with walk.block(layer):
+            stream = walk.run(layer, stream)
+    with walk.head() as logits:
+        loss = mean_loss(logits, stream, windows.held_out, walk.device)
+    assert found.losses["held-out"][1] == pytest.approx(loss, rel=1e-6)

@@ -62,13 +62,13 @@ def share(rank: int) -> Windows:
 
 
 def share_of_many(rank: int) -> Windows:
-    """More windows than `share`, for optimiser steps."""
+    """More windows than `share`, for optimiser steps; the second process has none that are held out."""
     whole = shrinking.windows(fit=64)
-    return Windows(whole.fit.split((24, 40))[rank], whole.held_out.split((4, 2))[rank], whole.checks)
+    return Windows(whole.fit.split((24, 40))[rank], whole.held_out.split((6, 0))[rank], whole.checks)
 
 
 def bridged(place: Path, windows: Windows, steps: int) -> Rebuilt:
-    """A model without its second layer, whose first one takes so many steps."""
+    """A model without its second layer; the blocks beside it take so many steps."""
     source = open_folder(place / "olmo2")
     scratch = place / f"bridged{steps}-{len(list(place.iterdir()))}-{os.getpid()}"
     scratch.mkdir()
@@ -162,5 +162,6 @@ def test_two_processes_take_the_same_steps(place):
     together = [load_file(place / f"bridged-{rank}.safetensors") for rank in range(2)]
     assert distance(*together) < 1e-6
     without = bridged(place, shrinking.windows(fit=64), 0)
-    for found in together:
-        assert float(found["errors"][0]) < 0.95 * without.errors[0]
+    alone = bridged(place, shrinking.windows(fit=64), 300)
+    assert distance(tensors(alone), together[0]) < 1e-4
+    assert distance(tensors(without), together[0]) > 0.01

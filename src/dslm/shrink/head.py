@@ -41,13 +41,12 @@ def fit_head(
     tied = family.is_tied(config)
     if not table_on_stream(family, config) or (tied and stream is None):
         return {}
-    sums: dict[bool, Moments] = {}
+    widths = streams.student.shape[-1], streams.teacher.shape[-1]
+    sums = {fit: Moments.zero(*widths, student.device) for fit in (True, False)}
     with teacher.head(), student.head():
         for windows, fit in streams.used():
             goal_ND = teacher.before_head(streams.teacher[windows].to(teacher.device))
             x_NS = student.before_head(streams.student[windows].to(student.device))
-            if fit not in sums:
-                sums[fit] = Moments.zero(x_NS.shape[1], goal_ND.shape[1], student.device)
             sums[fit].add(x_NS, goal_ND)
     for one in sums.values():
         one.summed()

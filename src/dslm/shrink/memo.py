@@ -25,12 +25,12 @@ class Memo:
 
     Args:
         walk: the model.
-        shape: of the stream, ``[B, T, ...]``.
+        shape: of the windows that it is for, ``[B, T]``: the first so many, those that solving uses.
         folder: where it goes if it is too large for memory.
         name: of the file there.
     """
 
-    def __init__(self, walk: Walk, shape: torch.Size, folder: Path, name: str) -> None:
+    def __init__(self, walk: Walk, shape: tuple[int, int], folder: Path, name: str) -> None:
         self._walk, self._folder, self._name = walk, folder, name
         self._shape = shape
         self._room: Tensor | None = None
@@ -51,7 +51,7 @@ class Memo:
             windows: which.
             wanted: names of matrices that have to run; if attention holds one before its last, it runs too.
         """
-        if self._attention is None:
+        if self._attention is None or windows.stop > len(self._known):
             yield
             return
         module = self._walk.blocks[self._layer].get_submodule(self._attention.module)
@@ -77,8 +77,7 @@ class Memo:
 
         def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             if self._room is None or self._room.shape[-1] != args[0].shape[-1]:
-                count, length = self._shape[:2]
-                self._room = empty_stream(count, length, args[0].shape[-1], self._folder, self._name)
+                self._room = empty_stream(*self._shape, args[0].shape[-1], self._folder, self._name)
             self._room[windows] = args[0].cpu()
             self._known[windows] = True
 

@@ -147,6 +147,7 @@ def rebuild(
         held_out=len(windows.held_out),
     )
     run = _Run(teacher, student, streams, folder)
+    used = len(windows.fit) + len(windows.held_out), tokens.shape[1]
     rebuilder = Rebuilder(
         teacher,
         student,
@@ -155,8 +156,9 @@ def rebuild(
         before,
         target,
         recipe or Recipe(),
-        Memo(teacher, tokens.shape, folder, "heads"),
-        Memo(student, tokens.shape, folder, "heads-anew"),
+        Memo(teacher, used, folder, "heads"),
+        Memo(student, used, folder, "heads-anew"),
+        progress,
     )
     behind = (0, *(layer + 1 for layer in layers[:-1]))
     following = (*layers[1:], before.num_hidden_layers)

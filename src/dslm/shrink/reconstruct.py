@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.memo import Memo
-from dslm.shrink.refine import FAR, STEP, TOKENS, refine
+from dslm.shrink.refine import FAR, STEP, refine, steps_for
 from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
-from dslm.shrink.solve import RIDGES, Moments, solve, sum_over_processes
+from dslm.shrink.solve import RIDGES, Moments, place_of_share, solve, sum_over_processes
 from dslm.shrink.streams import Streams, token_weights
 from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, reads_heads, tap, watch, with_one
 from dslm.shrink.walk import Walk
@@ -67,6 +68,7 @@ class Rebuilder:
         recipe: how blocks are rebuilt.
         teacher_memo: what the teacher's attention makes of each window, for the block at hand.
         student_memo: the same of the student's, once the matrices before it are solved.
+        progress: called with a label, steps done and steps in all, while a block takes steps.
         errors: relative squared error of the student's stream after each block, on held-out windows.
     """
 
@@ -79,6 +81,7 @@ class Rebuilder:
     recipe: Recipe
     teacher_memo: Memo
     student_memo: Memo
+    progress: Progress | None = None
     errors: list[float] = field(default_factory=list)
 
     def block(self, layer: int, since: int, origin: int, until: int, streams: Streams) -> dict[str, Tensor]:
@@ -96,8 +99,9 @@ class Rebuilder:
         """
         with self.teacher.block(origin):
             shape = anatomy(self.teacher, origin, streams.teacher[:1].to(self.teacher.device))
-            self.teacher_memo.turn_to(origin, shape.attention)
-            self.student_memo.turn_to(layer, shape.attention)
+            attention = shape.attention if self.recipe.solve else None  # a plain cut sees it once anyway
+            self.teacher_memo.turn_to(origin, attention)
+            self.student_memo.turn_to(layer, attention)
             self._look_ahead(origin, shape, streams)
         for skipped in range(origin + 1, until):
             with self.teacher.block(skipped):
@@ -124,6 +128,11 @@ class Rebuilder:
         watched = [name for name in shape.writers if changes[reads_heads(self.teacher, name)]]
         refitted = self.recipe.solve and self._tokens(streams) >= ENOUGH * self.source.intermediate_size
         moments: dict[str, Moments] = {}
+        for name in watched:
+            features = self.teacher.get(name).shape[1] + int(
+                refitted and bias_of(self.teacher, name) is not None
+            )
+            moments[name] = Moments.zero(features, 0, self.teacher.device)
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
             with self.teacher_memo.of(windows):
@@ -134,8 +143,6 @@ class Rebuilder:
             for name, x_NX in seen.items():
                 if refitted and bias_of(self.teacher, name):
                     x_NX = with_one(x_NX).double()  # what is left without the mean may be small
-                if name not in moments:
-                    moments[name] = Moments.zero(x_NX.shape[1], 0, x_NX.device)
                 weight_N = self._weights(out.flatten(0, 1)) if refitted else None
                 moments[name].add(x_NX, x_NX[:, :0], weight_N)
         for name in watched:
@@ -274,7 +281,8 @@ class Rebuilder:
         """
         steps = self.recipe.refine
         if beside_gap and self.recipe.solve:
-            enough = -(-PASSES * self._tokens(streams) // TOKENS)
+            _, windows = place_of_share(streams.fit)
+            enough = steps_for(windows, streams.teacher.shape[1], PASSES)
             steps = max(steps, min(self.recipe.bridge, enough))
         if not steps:
             return
@@ -289,6 +297,7 @@ class Rebuilder:
             steps=steps,
             step=FAR if astray else STEP,
             seed=layer,
+            progress=self.progress,
         )
 
     def _move_on(self, layer: int, streams: Streams) -> None:

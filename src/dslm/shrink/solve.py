@@ -85,9 +85,14 @@ def sum_over_processes(sums: Tensor) -> Tensor:
     return sums
 
 
-def processes() -> int:
-    """How many processes a distributed run has; one where there is none."""
-    return int(sum_over_processes(torch.tensor(1)))
+def place_of_share(count: int) -> tuple[int, int]:
+    """Where the share of this process begins among those of all, and how many they are together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, count
+    rank, counts = torch.distributed.get_rank(), torch.zeros(torch.distributed.get_world_size())
+    counts[rank] = count
+    counts = sum_over_processes(counts)
+    return int(counts[:rank].sum()), int(counts.sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -41,10 +41,11 @@ RECIPES = {
     "layers": Recipe(solve=False),
     "reconstruct": Recipe(),
     "refine": Recipe(refine=100),
-    "no_readers": Recipe(readers=False),
-    "no_drift": Recipe(drift=False),
-    "no_token_weights": Recipe(weigh_tokens=False),
-    "no_rotation": Recipe(),
+    "closed_form": Recipe(bridge=0),
+    "no_readers": Recipe(bridge=0, readers=False),
+    "no_drift": Recipe(bridge=0, drift=False),
+    "no_token_weights": Recipe(bridge=0, weigh_tokens=False),
+    "no_rotation": Recipe(bridge=0),
 }
 
 

@@ -77,7 +77,7 @@ def test_options_reach_the_library(call, asked):
     assert code == 0
     plan = asked["plan"]
     assert plan.methods == {"intermediate_size": "slice"}
-    assert plan.calibration == {"text": "owner/data", "samples": 8, "length": 48, "refine": 0}
+    assert plan.calibration == {"text": "owner/data", "samples": 8, "length": 48, "refine": None}
     assert (plan.seed, plan.model) == (5, "tiny")
     assert (asked["out"], asked["check"], asked["device"]) == (Path("out"), Path("check.txt"), "cpu")
     assert asked["overwrite"] is True
@@ -85,7 +85,7 @@ def test_options_reach_the_library(call, asked):
 
 def test_what_is_not_asked_for_is_usual(call, asked):
     assert call("-upd", "2")[0] == 0
-    assert asked["plan"].calibration == {"text": None, "samples": 64, "length": 512, "refine": 0}
+    assert asked["plan"].calibration == {"text": None, "samples": 64, "length": 512, "refine": None}
     assert (asked["plan"].seed, asked["check"], asked["device"]) == (0, None, "auto")
     assert asked["overwrite"] is False
     assert re.fullmatch(r"tiny-\d+\.\dk", str(asked["out"]))
@@ -170,7 +170,7 @@ def test_json_has_all_of_it(call, asked):
     assert found["changes"] == {"intermediate_size": [48, 24]}
     assert found["parameters"] == dict(zip(("before", "after"), asked["made"].parameters, strict=True))
     assert found["methods"] == {"intermediate_size": "reconstruct"}
-    assert found["calibration"] == {"text": None, "samples": 64, "length": 512, "refine": 0}
+    assert found["calibration"] == {"text": None, "samples": 64, "length": 512, "refine": None}
     assert found["texts"]["check"]["perplexity"] == pytest.approx({"before": 30, "after": 45})
     assert found["texts"]["held-out"]["loss"] == pytest.approx(
         {"before": math.log(20), "after": math.log(25)}

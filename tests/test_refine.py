@@ -7,6 +7,7 @@ import torch
 
 import pico
 import shrinking
+from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.refine import refine, steps_for
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
@@ -42,3 +43,9 @@ def test_steps_see_the_text_so_often_at_most():
     assert steps_for(windows=64, length=1024, passes=20) == 20 * 64 // 2
     assert steps_for(windows=14, length=4096, passes=20) == 20 * 14
     assert steps_for(windows=1, length=16, passes=20) == 1
+
+
+@pytest.mark.parametrize(("asked", "steps"), [(None, (300, 0)), (0, (0, 0)), (40, (40, 40))])
+def test_steps_are_taken_where_they_were_asked_for(asked, steps):
+    recipe = Recipe.with_steps(asked, solve=True)
+    assert (recipe.bridge, recipe.refine) == steps

@@ -143,7 +143,7 @@ EDITS = {
     "text a number": ("text: null", "text: 3", "text of calibration is 3"),
     "unknown key": ("  length: 512", "  width: 512", "calibration must have"),
     "calibration a word": (
-        "calibration:\n  text: null\n  samples: 64\n  length: 512\n  refine: 0", "calibration: wiki", "calibration"
+        "calibration:\n  text: null\n  samples: 64\n  length: 512\n  refine: null", "calibration: wiki", "calibration"
     ),
     "other model": ("family: llama", "family: qwen2", "another model"),
 }  # fmt: skip
@@ -187,7 +187,7 @@ def test_the_command_and_the_card_of_a_shrink():
     )
     assert "--calibration" not in command_of(shrink(SMOLLM2, intermediate_size=1024))
     card = render_card("small", plan, (200, 100), {}, {}, {"perplexity": 3.25})
-    assert "least squares towards the sliced weights, see how-it-works" in card
+    assert "least squares towards the sliced weights, and steps beside dropped layers" in card
     assert "Calibration: wiki.txt, 64 windows of 512 tokens. Seed: 3." in card
     assert "/home/me" not in card + without_places(plan).to_yaml()
     assert "Split" not in card

@@ -46,7 +46,7 @@ class Plan:
         seed: of all randomness.
         dtype: safetensors code of the output's weights, or None to keep each tensor's.
         calibration: what a shrink is fitted on: ``text`` (a file, a data set on the hub, or None: the model writes it),
-            ``samples`` (windows), ``length`` (tokens in each) and ``refine`` (steps). None for a growth.
+            ``samples`` (windows), ``length`` (tokens in each) and ``refine`` (steps, or None). None for a growth.
     """
 
     model: str
@@ -185,7 +185,7 @@ def plan_shrink(
     text: str | None = None,
     samples: int = 64,
     length: int = 512,
-    refine: int = 0,
+    refine: int | None = None,
     seed: int = 0,
 ) -> Plan:
     """Resolve and check a shrink.
@@ -199,7 +199,8 @@ def plan_shrink(
         text: calibration text: a file, or a data set on the hub; None: the model writes it.
         samples: windows of calibration text.
         length: tokens in a window.
-        refine: optimiser steps on each block after the closed form.
+        refine: optimiser steps on each block after the closed form, 0 for none at all; None: only beside layers that
+            are dropped, as many as the text is good for.
         seed: of all randomness, not negative.
 
     Raises:

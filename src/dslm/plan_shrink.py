@@ -31,7 +31,7 @@ _CALIBRATION: Mapping[str, type | tuple[type, ...]] = {
     "text": (str, type(None)),
     "samples": int,
     "length": int,
-    "refine": int,
+    "refine": (int, type(None)),
 }
 _FIXED = {
     "head_dim": (
@@ -162,7 +162,7 @@ def check_calibration(calibration: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"samples is {calibration['samples']}", "at least 2: one window to fit on and one to check"
         )
-    if calibration["refine"] < 0:
+    if calibration["refine"] is not None and calibration["refine"] < 0:
         raise RecipeError(f"refine is {calibration['refine']} steps", "give 0 or more")
     if calibration["length"] < 2:
         raise RecipeError(f"windows of {calibration['length']} tokens are too short", "512 is usual")

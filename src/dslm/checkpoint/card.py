@@ -18,7 +18,8 @@ from dslm.plan_shrink import names_data_set
 from dslm.sizes import differing
 
 _EXPLAINED = {
-    "reconstruct": "reconstruct: least squares towards the sliced weights, see how-it-works",
+    "reconstruct": "reconstruct: least squares towards the sliced weights, and steps beside dropped layers, see "
+    "how-it-works",
     "slice": "[slice](https://arxiv.org/abs/2407.14679)",
 }
 
@@ -38,7 +39,7 @@ def command_of(plan: Plan) -> str:
             words.append(f"--calibration {shlex.quote(calibration_name(plan.calibration['text']))}")
         words.append(f"--samples {plan.calibration['samples']}")
         words.append(f"--sequence-length {plan.calibration['length']}")
-        if plan.calibration["refine"]:
+        if plan.calibration["refine"] is not None:
             words.append(f"--refine {plan.calibration['refine']}")
     words.append(f"--seed {plan.seed}")
     if plan.dtype is not None:

@@ -86,10 +86,9 @@ _SHOWN = 8  # shapes of a search
 @click.option(
     "--refine",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
     metavar="STEPS",
-    help="Optimiser steps on every block after the closed form, not only beside dropped ones.",
+    help="Optimiser steps on every block after the closed form; 0 for none.  [default: up to 300 on blocks beside "
+    "dropped ones, none elsewhere]",
 )
 @click.option(
     "--check",
@@ -125,11 +124,11 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Shrink a model to a smaller one of the same architecture, without training unless --heal-tokens asks for it.
+    """Shrink a model to a smaller one of the same architecture; --heal-tokens trains it after that.
 
     Sizes come from divisors, by name, from --params or --keep-ratio, or from --like. What is redundant goes without
-    loss; what remains to be cut is made up for by least squares, block by block. The output is a plain checkpoint in
-    the source's dtype.
+    loss; what remains to be cut is made up for block by block, by least squares and, beside dropped layers, a few
+    optimiser steps. The output is a plain checkpoint in the source's dtype.
     """
     if plan_file is not None:
         refuse_beside_plan(

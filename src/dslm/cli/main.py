@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("dslm.cli.chat", "Talk with a model, or compare the answers of two."),
     "plan": ("dslm.cli.plan", "List the legal shapes near a number of parameters."),
     "up": ("dslm.cli.up", "Grow a model; what it computes stays the same."),
-    "down": ("dslm.cli.down", "Shrink a model by closed-form reconstruction."),
+    "down": ("dslm.cli.down", "Shrink a model by block-wise reconstruction."),
     "train": ("dslm.cli.train", "Continue training: full, LoRA, QLoRA, distillation."),
     "diff": ("dslm.cli.diff", "Compare two models: sizes, logits, liveness."),
     "eval": ("dslm.cli.eval", "Measure a model: perplexity on text, benchmark tasks."),

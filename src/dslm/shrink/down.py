@@ -181,7 +181,7 @@ def _smaller(
     if check is not None:
         checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     windows = Windows(text.train, text.held_out, checks)
-    recipe = Recipe(solve="slice" not in plan.methods.values(), refine=asked["refine"])
+    recipe = Recipe.with_steps(asked["refine"], solve="slice" not in plan.methods.values())
     found = approximate(weights, target, windows, folder, recipe=recipe, device=device, progress=progress)
     return _Smaller(found, found.base.layers, found.losses, found.errors, text.train.numel(), text.origin)
 

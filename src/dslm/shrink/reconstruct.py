@@ -53,6 +53,13 @@ class Recipe:
     bridge: int = 300
     refine: int = 0
 
+    @classmethod
+    def with_steps(cls, steps: int | None, *, solve: bool) -> Recipe:
+        """The recipe for so many optimiser steps on each block; for None only beside dropped ones."""
+        if steps is None or not solve:
+            return cls(solve=solve, refine=steps or 0)
+        return cls(solve=solve, bridge=steps, refine=steps)
+
 
 @dataclass(slots=True, eq=False)
 class Rebuilder:

@@ -150,7 +150,7 @@ def test_a_model_that_writes_no_numbers_cannot_calibrate_itself(tmp_path, capsys
 
 LABELS = [
     "looking for copies", "writing calibration text", "ranking channels", "ranking layers", "comparing layers",
-    "shrinking", "writing",
+    "shrinking", "refining", "writing",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 
 import pico
 import shrinking
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink import reconstruct
 from dslm.shrink.refine import refine, steps_for
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
@@ -45,7 +45,12 @@ def test_steps_see_the_text_so_often_at_most():
     assert steps_for(windows=1, length=16, passes=20) == 1
 
 
-@pytest.mark.parametrize(("asked", "steps"), [(None, (300, 0)), (0, (0, 0)), (40, (40, 40))])
-def test_steps_are_taken_where_they_were_asked_for(asked, steps):
-    recipe = Recipe.with_steps(asked, solve=True)
-    assert (recipe.bridge, recipe.refine) == steps
+@pytest.mark.parametrize(("asked", "steps"), [(None, 4), (0, 0), (6, 6)])
+def test_a_shrink_takes_as_many_steps_as_were_asked_for(asked, steps, tmp_path, monkeypatch):
+    """Of 24 windows of 20 tokens 21 are to fit on, and a step sees 102: 20 passes are 4 steps."""
+    taken = []
+    source = shrinking.make_source(tmp_path / "source", "llama", "mha")
+    monkeypatch.setattr(reconstruct, "refine", lambda *_, steps, **options: taken.append(steps))
+    shrinking.down(source, tmp_path / "out", source.sizes.replace(num_hidden_layers=2), refine=asked)
+    assert set(taken) == ({steps} if steps else set())
+    assert len(taken) <= 2, "none are taken while layers are chosen"

@@ -18,8 +18,10 @@ import searching
 from asking import words
 from calling import caller
 from dslm.checkpoint.reader import open_folder
+from dslm.errors import SizeError
 from dslm.report.shapes import SizePoint, size_picture
 from dslm.shrink import capture as capture_module
+from dslm.shrink import search
 from tokenizing import add_tokenizer
 
 cache = searching.cache  # a fixture
@@ -131,3 +133,17 @@ def test_a_picture_of_losses_beyond_numbers_has_bars():
     lines = size_picture([SizePoint(1, 2_000_000, 2.0), SizePoint(0.5, 1_000_000, 1e6)])
     assert [line.count("#") for line in lines] == [40, 40]
     assert "perplexity inf" in lines[1]
+
+
+@pytest.mark.parametrize(("asked", "steps"), [((), 300), (("--refine", 0), 0), (("--refine", 9), 300)])
+def test_shapes_are_compared_as_they_will_be_built(call, monkeypatch, asked, steps):
+    """At the closed form if that is what is asked for; no search waits for steps on every block."""
+    recipes = []
+
+    def note(*arguments, recipe, **options):
+        recipes.append((recipe.gap_steps, recipe.refine))
+        raise SizeError("enough", "that is all")
+
+    monkeypatch.setattr(search, "search", note)
+    assert call("down", "tiny", "-o", "out", "--params", "21k", "--search", 1, *asked, *MEASURED)[0] == 1
+    assert recipes == [(steps, 0)]

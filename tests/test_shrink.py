@@ -126,7 +126,7 @@ def test_dropped_layers_are_made_up_for_by_the_block_before_them(tmp_path):
             None,
             shrinking.windows(fit=64),
             tmp_path,
-            recipe=Recipe(drift=drift, bridge=0),
+            recipe=Recipe(drift=drift, gap_steps=0),
         )
         errors[drift] = found.errors[0]
     assert errors[True] < 0.8 * errors[False]
@@ -139,7 +139,9 @@ def test_a_block_before_a_gap_learns_what_is_gone(family, variant, tmp_path):
     target, windows = source.sizes.replace(num_hidden_layers=2), shrinking.windows(fit=64)
     errors = {}
     for steps in (0, 300):
-        found = rebuild(Stored(source), target, (0, 2), None, windows, tmp_path, recipe=Recipe(bridge=steps))
+        found = rebuild(
+            Stored(source), target, (0, 2), None, windows, tmp_path, recipe=Recipe(gap_steps=steps)
+        )
         errors[steps] = found.errors[0]
     assert errors[300] < 0.95 * errors[0]
 
@@ -161,7 +163,7 @@ def test_blocks_beside_a_gap_take_steps_and_farther_ones_behind_it(tmp_path, mon
     monkeypatch.setattr(reconstruct, "refine", note)
     passes = reconstruct.PASSES * len(windows.fit) // (2048 // windows.fit.shape[1])
     assert 10 < passes < 20
-    assert steps_of(bridge=10) == [(1, 10, refine.FAR), (2, 10, refine.FAR)]
+    assert steps_of(gap_steps=10) == [(1, 10, refine.FAR), (2, 10, refine.FAR)]
     assert steps_of() == [(1, passes, refine.FAR), (2, passes, refine.FAR)]
     far = [(layer, max(11, steps), refine.FAR) for layer, steps in ((1, passes), (2, passes), (3, 0))]
     assert steps_of(refine=11) == [(0, 11, refine.STEP), *far]

@@ -15,9 +15,8 @@ from dslm.plan_shrink import check_groups
 
 
 def shrink(config: dict, **changes) -> Plan:
-    options = {
-        key: changes.pop(key) for key in ("method", "text", "samples", "length", "seed") if key in changes
-    }
+    words = ("method", "text", "samples", "length", "refine", "seed")
+    options = {key: changes.pop(key) for key in words if key in changes}
     family = load_family(config["model_type"])
     return plan_shrink("m", family, config, sizes_of(config).replace(**changes), **options)
 
@@ -186,6 +185,7 @@ def test_the_command_and_the_card_of_a_shrink():
         "--calibration wiki.txt --samples 64 --sequence-length 512 --seed 3"
     )
     assert "--calibration" not in command_of(shrink(SMOLLM2, intermediate_size=1024))
+    assert " --refine 0 " in command_of(shrink(SMOLLM2, intermediate_size=1024, refine=0))
     card = render_card("small", plan, (200, 100), {}, {}, {"perplexity": 3.25})
     assert "least squares towards the sliced weights, and steps beside dropped layers" in card
     assert "Calibration: wiki.txt, 64 windows of 512 tokens. Seed: 3." in card

@@ -48,7 +48,7 @@ place, rank = Path(sys.argv[1]), int(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
 for family, variant in test.CASES:
     test.save(test.shrunk(place, family, variant, test.share(rank)), place / f"{family}-{rank}.safetensors")
-test.save(test.bridged(place, test.share_of_many(rank), 300), place / f"bridged-{rank}.safetensors")
+test.save(test.one_layer_less(place, test.share_of_many(rank), 300), place / f"less-{rank}.safetensors")
 torch.save(test.ranking(place, test.share(rank).fit), place / f"ranking-{rank}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -67,13 +67,13 @@ def share_of_many(rank: int) -> Windows:
     return Windows(whole.fit.split((24, 40))[rank], whole.held_out.split((6, 0))[rank], whole.checks)
 
 
-def bridged(place: Path, windows: Windows, steps: int) -> Rebuilt:
+def one_layer_less(place: Path, windows: Windows, steps: int) -> Rebuilt:
     """A model without its second layer; the blocks beside it take so many steps."""
     source = open_folder(place / "olmo2")
-    scratch = place / f"bridged{steps}-{len(list(place.iterdir()))}-{os.getpid()}"
+    scratch = place / f"less{steps}-{len(list(place.iterdir()))}-{os.getpid()}"
     scratch.mkdir()
     target = source.sizes.replace(num_hidden_layers=2)
-    return rebuild(Stored(source), target, (0, 2), None, windows, scratch, recipe=Recipe(bridge=steps))
+    return rebuild(Stored(source), target, (0, 2), None, windows, scratch, recipe=Recipe(gap_steps=steps))
 
 
 def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
@@ -85,7 +85,7 @@ def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
     if target.hidden_size == 24:
         stream = survey_stream(Walk(weights), windows.fit, tied=target.tied).encoder(24)
     layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
-    return rebuild(weights, target, layers, stream, windows, scratch, recipe=Recipe(bridge=0))
+    return rebuild(weights, target, layers, stream, windows, scratch, recipe=Recipe(gap_steps=0))
 
 
 def ranking(place: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -159,9 +159,9 @@ def test_two_processes_find_what_one_finds(family, variant, place):
 
 
 def test_two_processes_take_the_same_steps(place):
-    together = [load_file(place / f"bridged-{rank}.safetensors") for rank in range(2)]
+    together = [load_file(place / f"less-{rank}.safetensors") for rank in range(2)]
     assert distance(*together) < 1e-6
-    without = bridged(place, shrinking.windows(fit=64), 0)
-    alone = bridged(place, shrinking.windows(fit=64), 300)
+    without = one_layer_less(place, shrinking.windows(fit=64), 0)
+    alone = one_layer_less(place, shrinking.windows(fit=64), 300)
     assert distance(tensors(alone), together[0]) < 1e-4
     assert distance(tensors(without), together[0]) > 0.01

@@ -78,6 +78,9 @@ def search_shapes(source: Checkpoint, options: dict[str, Any], device: str, *, q
     from dslm.shrink.search import read_windows, search
     from dslm.shrink.weights import Stored
 
+    steps = (
+        0 if options["refine"] == 0 else None
+    )  # what is built to compare takes no more than the usual ones
     with progress_bar(quiet=quiet) as progress:
         windows = read_windows(
             source,
@@ -94,7 +97,7 @@ def search_shapes(source: Checkpoint, options: dict[str, Any], device: str, *, q
             windows,
             build=options["search"],
             untie=options["untie"],
-            recipe=Recipe(solve=options["method"] != "slice"),
+            recipe=Recipe.with_steps(steps, solve=options["method"] != "slice"),
             device=device,
             progress=progress,
         )

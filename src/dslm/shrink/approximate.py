@@ -88,7 +88,7 @@ def choose_layers(
 
         with tempfile.TemporaryDirectory(dir=folder) as room:
             built = rebuild(
-                weights, target, layers, stream, some, Path(room), recipe=replace(recipe, bridge=0, refine=0),
+                weights, target, layers, stream, some, Path(room), recipe=replace(recipe, gap_steps=0, refine=0),
                 device=device, progress=part,
             )  # fmt: skip
         losses.append(built.losses["held-out"][1])

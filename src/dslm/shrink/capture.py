@@ -29,7 +29,7 @@ from dslm.shrink.fold import Fold, Key, axis_fold
 from dslm.shrink.rebuild import Windows
 from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
 from dslm.shrink.survey import few, removal_losses
-from dslm.shrink.tap import tap, writes_stream
+from dslm.shrink.tap import reads_heads, tap, writes_stream
 from dslm.shrink.walk import Walk, mean_loss, walking_device
 from dslm.shrink.weights import Folded, Stored
 from dslm.sizes import Sizes, is_legal
@@ -225,7 +225,7 @@ def _mask(walk: Walk, layer: int, name: str, x_NX: Tensor, target: Sizes) -> Ten
     axis, writer = walk.places[name].line.spec.axes[1], walk.get(name)
     sizes = walk.weights.family.dimensions(walk.weights.config)
     folds: dict[Key, Fold]
-    if "head_dim" in axis.dimensions:
+    if reads_heads(walk, name):
         scores = head_scores(x_NX.T @ x_NX / len(x_NX), writer, sizes["heads"]).cpu()
         kept = choose_heads(scores, sizes["kv_heads"], target.num_attention_heads, target.num_key_value_heads)
         folds = {(word, layer): fold for word, fold in kept.items()}

@@ -41,7 +41,7 @@ class Recipe:
         drift: let writers aim at the teacher's stream, and not only at what its block adds.
         weigh_tokens: weight each token by one over the mean square of the stream.
         ridges: strengths that are tried.
-        bridge: optimiser steps at most on the blocks beside dropped ones, after the closed form.
+        gap_steps: optimiser steps at most on the blocks beside dropped ones, after the closed form.
         refine: optimiser steps on each block.
     """
 
@@ -50,15 +50,13 @@ class Recipe:
     drift: bool = True
     weigh_tokens: bool = True
     ridges: tuple[float, ...] = RIDGES
-    bridge: int = 300
+    gap_steps: int = 300
     refine: int = 0
 
     @classmethod
     def with_steps(cls, steps: int | None, *, solve: bool) -> Recipe:
         """The recipe for so many optimiser steps on each block; for None only beside dropped ones."""
-        if steps is None or not solve:
-            return cls(solve=solve, refine=steps or 0)
-        return cls(solve=solve, bridge=steps, refine=steps)
+        return cls(solve=solve) if steps is None else cls(solve=solve, gap_steps=steps, refine=steps)
 
 
 @dataclass(slots=True, eq=False)
@@ -133,12 +131,13 @@ class Rebuilder:
         heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
         changes = {True: heads_change, False: units_change}
         watched = [name for name in shape.writers if changes[reads_heads(self.teacher, name)]]
-        refitted = self.recipe.solve and self._tokens(streams) >= ENOUGH * self.source.intermediate_size
+        _, fit = place_of_share(streams.fit)
+        enough = fit * streams.teacher.shape[1] >= ENOUGH * self.source.intermediate_size
+        refitted = self.recipe.solve and enough
         moments: dict[str, Moments] = {}
         for name in watched:
-            features = self.teacher.get(name).shape[1] + int(
-                refitted and bias_of(self.teacher, name) is not None
-            )
+            with_bias = refitted and bias_of(self.teacher, name) is not None
+            features = self.teacher.get(name).shape[1] + int(with_bias)
             moments[name] = Moments.zero(features, 0, self.teacher.device)
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
@@ -162,10 +161,6 @@ class Rebuilder:
                 writer, count = self.teacher.get(name), self.target.intermediate_size
                 kept = keep_units(gram_XX, writer, count, refitted=refitted)
                 self.folds["intermediate", origin] = kept
-
-    def _tokens(self, streams: Streams) -> int:
-        """Tokens to fit on, over all processes."""
-        return int(sum_over_processes(torch.tensor(streams.fit * streams.teacher.shape[1])))
 
     def _keep_heads(self, gram_XX: Tensor, name: str, origin: int) -> None:
         kept = choose_heads(
@@ -290,7 +285,7 @@ class Rebuilder:
         if beside_gap and self.recipe.solve:
             _, windows = place_of_share(streams.fit)
             enough = steps_for(windows, streams.teacher.shape[1], PASSES)
-            steps = max(steps, min(self.recipe.bridge, enough))
+            steps = max(steps, min(self.recipe.gap_steps, enough))
         if not steps:
             return
         self.student_memo.turn_to(layer, None)

@@ -89,9 +89,10 @@ def place_of_share(count: int) -> tuple[int, int]:
     """Where the share of this process begins among those of all, and how many they are together."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, count
-    rank, counts = torch.distributed.get_rank(), torch.zeros(torch.distributed.get_world_size())
+    rank = torch.distributed.get_rank()
+    counts = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64)
     counts[rank] = count
-    counts = sum_over_processes(counts)
+    sum_over_processes(counts)
     return int(counts[:rank].sum()), int(counts.sum())
 
 

@@ -41,11 +41,11 @@ RECIPES = {
     "layers": Recipe(solve=False),
     "reconstruct": Recipe(),
     "refine": Recipe(refine=100),
-    "closed_form": Recipe(gap_steps=0),
-    "no_readers": Recipe(gap_steps=0, readers=False),
-    "no_drift": Recipe(gap_steps=0, drift=False),
-    "no_token_weights": Recipe(gap_steps=0, weigh_tokens=False),
-    "no_rotation": Recipe(gap_steps=0),
+    "closed_form": Recipe(gap_steps=0, last_steps=0),
+    "no_readers": Recipe(gap_steps=0, last_steps=0, readers=False),
+    "no_drift": Recipe(gap_steps=0, last_steps=0, drift=False),
+    "no_token_weights": Recipe(gap_steps=0, last_steps=0, weigh_tokens=False),
+    "no_rotation": Recipe(gap_steps=0, last_steps=0),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 import pico
 import shrinking
 from dslm.shrink import reconstruct
-from dslm.shrink.refine import refine, steps_for
+from dslm.shrink.refine import refine, steps_for, stream_losses
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 
@@ -26,7 +26,9 @@ def test_steps_are_kept_where_they_help_on_held_out_windows(helps, tmp_path):
         goals = inputs + 0.5 * (now - inputs)  # half of what the block adds
         if not helps:
             goals[HELD_OUT.start :] = now[HELD_OUT.start :]
-        start, end = refine(walk, 0, inputs, lambda windows: goals[windows], FIT, HELD_OUT, steps=20)
+        start, end = refine(
+            walk, 0, inputs, stream_losses(lambda windows: goals[windows]), FIT, HELD_OUT, steps=20
+        )
         changed = [name for name in names if not torch.equal(walk.get(name), before[name])]
         scale = goals[HELD_OUT.start :].square().mean(dim=-1, keepdim=True)
         error = ((walk.run(0, inputs) - goals)[HELD_OUT.start :].square() / scale).mean()
@@ -50,7 +52,12 @@ def test_a_shrink_takes_as_many_steps_as_were_asked_for(asked, steps, tmp_path, 
     """Of 24 windows of 20 tokens 21 are to fit on, and a step sees 102: 20 passes are 4 steps."""
     taken = []
     source = shrinking.make_source(tmp_path / "source", "llama", "mha")
-    monkeypatch.setattr(reconstruct, "refine", lambda *_, steps, **options: taken.append(steps))
+
+    def note(*arguments, steps, **options):
+        taken.append(steps)
+        return 1.0, 1.0
+
+    monkeypatch.setattr(reconstruct, "refine", note)
     shrinking.down(source, tmp_path / "out", source.sizes.replace(num_hidden_layers=2), refine=asked)
     assert set(taken) == ({steps} if steps else set())
     assert len(taken) <= 2, "none are taken while layers are chosen"

@@ -141,9 +141,9 @@ def test_shapes_are_compared_as_they_will_be_built(call, monkeypatch, asked, ste
     recipes = []
 
     def note(*arguments, recipe, **options):
-        recipes.append((recipe.gap_steps, recipe.refine))
+        recipes.append((recipe.gap_steps, recipe.last_steps, recipe.refine))
         raise SizeError("enough", "that is all")
 
     monkeypatch.setattr(search, "search", note)
     assert call("down", "tiny", "-o", "out", "--params", "21k", "--search", 1, *asked, *MEASURED)[0] == 1
-    assert recipes == [(steps, 0)]
+    assert recipes == [(steps, steps, 0)]

@@ -16,6 +16,7 @@ from dslm.plan import plan_shrink
 from dslm.shrink import reconstruct, refine
 from dslm.shrink import walk as walk_module
 from dslm.shrink.down import shrink_checkpoint
+from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import rebuild
 from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.walk import Walk
@@ -152,8 +153,9 @@ def test_blocks_beside_a_gap_take_steps_and_farther_ones_behind_it(tmp_path, mon
     target, windows = source.sizes.replace(num_hidden_layers=4), shrinking.windows(fit=64)
     taken = []
 
-    def note(walk, layer, *arguments, steps, step, **options):
+    def note(walk, layer, *arguments, steps, step=refine.STEP, **options):
         taken.append((layer, steps, step))
+        return 1.0, 1.0
 
     def steps_of(**recipe) -> list[tuple[int, int, float]]:
         taken.clear()
@@ -163,11 +165,57 @@ def test_blocks_beside_a_gap_take_steps_and_farther_ones_behind_it(tmp_path, mon
     monkeypatch.setattr(reconstruct, "refine", note)
     passes = reconstruct.PASSES * len(windows.fit) // (2048 // windows.fit.shape[1])
     assert 10 < passes < 20
-    assert steps_of(gap_steps=10) == [(1, 10, refine.FAR), (2, 10, refine.FAR)]
-    assert steps_of() == [(1, passes, refine.FAR), (2, passes, refine.FAR)]
-    far = [(layer, max(11, steps), refine.FAR) for layer, steps in ((1, passes), (2, passes), (3, 0))]
-    assert steps_of(refine=11) == [(0, 11, refine.STEP), *far]
+    last = (3, passes, refine.STEP)
+    assert steps_of(gap_steps=10, last_steps=9) == [
+        (1, 10, refine.FAR),
+        (2, 10, refine.FAR),
+        (3, 9, refine.STEP),
+    ]
+    assert steps_of() == [(1, passes, refine.FAR), (2, passes, refine.FAR), last]
+    far = [(layer, passes, refine.FAR) for layer in (1, 2)]
+    assert steps_of(refine=11) == [(0, 11, refine.STEP), *far, last]
+    assert steps_of(refine=11, last_steps=0) == [(0, 11, refine.STEP), *far, (3, 11, refine.FAR)]
     assert steps_of(solve=False) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "hidden"),
+    [("llama", "gqa-tied", 28), ("gemma2", "windows-softcaps", 32), ("phi", "mha", 28)],
+)
+def test_the_last_block_learns_what_the_model_says(family, variant, hidden, tmp_path):
+    """With the norm behind it and nothing else, towards the source's distribution and not towards its stream."""
+    source = shrinking.make_source(tmp_path / "source", family, variant)
+    weights, windows = Stored(source), shrinking.windows(fit=256)
+    target = source.sizes.replace(intermediate_size=24, hidden_size=hidden)
+    stream = None
+    if hidden != source.sizes.hidden_size:
+        stream = survey_stream(Walk(weights), windows.fit, tied=target.tied).encoder(hidden)
+    found = {}
+    for steps in (0, 300):
+        room = tmp_path / str(steps)
+        room.mkdir()
+        recipe = Recipe(last_steps=steps)
+        found[steps] = rebuild(weights, target, (0, 1, 2), stream, windows, room, recipe=recipe)
+    changed = {
+        name
+        for name in source.family.layout(found[0].config)
+        if not torch.equal(found[0].read(name), found[300].read(name))
+    }
+    assert changed
+    assert all(".2." in name or name.startswith(source.family.final_norm) for name in changed), changed
+    assert any(name.startswith(source.family.final_norm) for name in changed)
+    ends = {steps: far_from(source, small, windows.held_out) for steps, small in found.items()}
+    assert ends[300] < 0.995 * ends[0]
+    assert found[300].errors[:-1] == found[0].errors[:-1]
+    assert found[300].errors[-1] != found[0].errors[-1]
+
+
+def far_from(source, small, ids: torch.Tensor) -> float:
+    """``KL(source || small)`` in nats per token."""
+    wanted, given = (
+        shrinking.rebuilt_logits(Walk(one), ids).double().log_softmax(-1) for one in (Stored(source), small)
+    )
+    return float((wanted.exp() * (wanted - given)).sum(-1).mean())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pico
 import shrinking
 from dslm.shrink import rebuild
 from dslm.shrink.memo import Memo
+from dslm.shrink.reconstruct import Recipe
 from dslm.shrink.walk import Walk, mean_loss
 from dslm.shrink.weights import Stored
 
@@ -36,7 +37,9 @@ def test_attention_runs_once_for_each_window(family, variant, tmp_path, monkeypa
 
     def rebuilt(name: str) -> dict[str, torch.Tensor]:
         (tmp_path / name).mkdir()
-        found = rebuild.rebuild(Stored(source), target, layers, None, windows, tmp_path / name)
+        found = rebuild.rebuild(
+            Stored(source), target, layers, None, windows, tmp_path / name, recipe=Recipe().closed()
+        )
         return {key: found.read(key) for key in found.files}
 
     whole = Walk.run

@@ -187,7 +187,7 @@ def test_the_command_and_the_card_of_a_shrink():
     assert "--calibration" not in command_of(shrink(SMOLLM2, intermediate_size=1024))
     assert " --refine 0 " in command_of(shrink(SMOLLM2, intermediate_size=1024, refine=0))
     card = render_card("small", plan, (200, 100), {}, {}, {"perplexity": 3.25})
-    assert "least squares towards the sliced weights, and steps beside dropped layers" in card
+    assert "least squares towards the sliced weights, and steps of single blocks" in card
     assert "Calibration: wiki.txt, 64 windows of 512 tokens. Seed: 3." in card
     assert "/home/me" not in card + without_places(plan).to_yaml()
     assert "Split" not in card

@@ -85,7 +85,9 @@ def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
     if target.hidden_size == 24:
         stream = survey_stream(Walk(weights), windows.fit, tied=target.tied).encoder(24)
     layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
-    return rebuild(weights, target, layers, stream, windows, scratch, recipe=Recipe(gap_steps=0))
+    return rebuild(
+        weights, target, layers, stream, windows, scratch, recipe=Recipe(gap_steps=0, last_steps=0)
+    )
 
 
 def ranking(place: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 import pico
+from dslm.logits import divergence
 from dslm.train.data import separates
-from dslm.train.loss import IGNORED, Distillation, divergence, give_loss
+from dslm.train.loss import IGNORED, Distillation, give_loss
 
 PIECE = 5 * pico.VOCAB  # five tokens at a time
 

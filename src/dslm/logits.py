@@ -24,3 +24,13 @@ def head_logits(model: Any, states_ND: Tensor) -> Tensor:
     if cap:
         logits_NV = cap * torch.tanh(logits_NV / cap)
     return logits_NV if logits_NV.dtype is torch.float64 else logits_NV.float()
+
+
+def divergence(goal_NV: Tensor, logits_NV: Tensor, temperature: float) -> Tensor:
+    """``sum_N KL(softmax(goal / t) || softmax(logits / t))`` in nats, over the tokens that both models have."""
+    from torch.nn import functional
+
+    vocab = min(goal_NV.shape[1], logits_NV.shape[1])
+    goal_NV, logits_NV = (x[:, :vocab].to(logits_NV.dtype) / temperature for x in (goal_NV, logits_NV))
+    log_p_NV, log_q_NV = goal_NV.log_softmax(dim=1), logits_NV.log_softmax(dim=1)
+    return functional.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)

@@ -199,8 +199,8 @@ def plan_shrink(
         text: calibration text: a file, or a data set on the hub; None: the model writes it.
         samples: windows of calibration text.
         length: tokens in a window.
-        refine: optimiser steps on each block after the closed form, 0 for none at all; None: only beside layers that
-            are dropped, as many as the text is good for.
+        refine: optimiser steps on each block after the closed form, 0 for none at all; None: only on the last one
+            and beside layers that are dropped, as many as the text is good for.
         seed: of all randomness, not negative.
 
     Raises:

@@ -18,7 +18,7 @@ from dslm.plan_shrink import names_data_set
 from dslm.sizes import differing
 
 _EXPLAINED = {
-    "reconstruct": "reconstruct: least squares towards the sliced weights, and steps beside dropped layers, see "
+    "reconstruct": "reconstruct: least squares towards the sliced weights, and steps of single blocks, see "
     "how-it-works",
     "slice": "[slice](https://arxiv.org/abs/2407.14679)",
 }

@@ -87,8 +87,8 @@ _SHOWN = 8  # shapes of a search
     "--refine",
     type=click.IntRange(0),
     metavar="STEPS",
-    help="Optimiser steps on every block after the closed form; 0 for none.  [default: up to 300 on blocks beside "
-    "dropped ones, none elsewhere]",
+    help="Optimiser steps on every block after the closed form; 0 for none.  [default: up to 300 on the last block and "
+    "on those beside dropped ones, none elsewhere]",
 )
 @click.option(
     "--check",
@@ -127,8 +127,8 @@ def command(
     """Shrink a model to a smaller one of the same architecture; --heal-tokens trains it after that.
 
     Sizes come from divisors, by name, from --params or --keep-ratio, or from --like. What is redundant goes without
-    loss; what remains to be cut is made up for block by block, by least squares and, beside dropped layers, a few
-    optimiser steps. The output is a plain checkpoint in the source's dtype.
+    loss; what remains to be cut is made up for block by block, by least squares and, in the last block and beside
+    dropped ones, a few optimiser steps. The output is a plain checkpoint in the source's dtype.
     """
     if plan_file is not None:
         refuse_beside_plan(

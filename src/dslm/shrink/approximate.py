@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,7 +87,7 @@ def choose_layers(
 
         with tempfile.TemporaryDirectory(dir=folder) as room:
             built = rebuild(
-                weights, target, layers, stream, some, Path(room), recipe=replace(recipe, gap_steps=0, refine=0),
+                weights, target, layers, stream, some, Path(room), recipe=recipe.closed(),
                 device=device, progress=part,
             )  # fmt: skip
         losses.append(built.losses["held-out"][1])

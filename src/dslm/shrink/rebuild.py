@@ -6,7 +6,7 @@ Shape letters: B windows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -147,6 +147,7 @@ def rebuild(
         held_out=len(windows.held_out),
     )
     run = _Run(teacher, student, streams, folder)
+    student.weights = Rebuilt(base, run.files, {}, ())  # what is finished is read from where it was put
     used = len(windows.fit) + len(windows.held_out), tokens.shape[1]
     rebuilder = Rebuilder(
         teacher,
@@ -168,9 +169,8 @@ def rebuild(
             progress("shrinking", layer + 1, len(layers))
     if rebuilder.recipe.solve:
         run.keep("head", fit_head(teacher, student, stream, streams, rebuilder.recipe))
-    rebuilt = Rebuilt(base, run.files, {}, tuple(rebuilder.errors))
-    student.weights = rebuilt
-    return replace(rebuilt, losses=_losses(run, windows))
+    run.keep("end", rebuilder.finish(len(layers) - 1, streams))
+    return Rebuilt(base, run.files, _losses(run, windows), tuple(rebuilder.errors))
 
 
 def _stored(stream: Tensor, folder: Path, name: str) -> Tensor:

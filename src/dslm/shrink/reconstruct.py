@@ -9,7 +9,7 @@ Shape letters: B windows, T tokens, N tokens of a batch, D hidden size, X input 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,16 @@ from torch import Tensor
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.memo import Memo
-from dslm.shrink.refine import FAR, STEP, refine, steps_for
+from dslm.shrink.refine import (
+    FAR,
+    STEP,
+    batch_of,
+    positions_at_once,
+    refine,
+    speech_losses,
+    steps_for,
+    stream_losses,
+)
 from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import RIDGES, Moments, place_of_share, solve, sum_over_processes
 from dslm.shrink.streams import Streams, token_weights
@@ -28,7 +37,7 @@ from dslm.sizes import Sizes
 ENOUGH = 2
 """Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
 PASSES = 20
-"""Times that a block beside dropped ones sees the tokens to fit on, at most."""
+"""Times that a block beside dropped ones, or the last one, sees the tokens to fit on, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,7 @@ class Recipe:
         weigh_tokens: weight each token by one over the mean square of the stream.
         ridges: strengths that are tried.
         gap_steps: optimiser steps at most on the blocks beside dropped ones, after the closed form.
+        last_steps: the same on the last block, towards what the teacher says.
         refine: optimiser steps on each block.
     """
 
@@ -51,12 +61,19 @@ class Recipe:
     weigh_tokens: bool = True
     ridges: tuple[float, ...] = RIDGES
     gap_steps: int = 300
+    last_steps: int = 300
     refine: int = 0
 
     @classmethod
     def with_steps(cls, steps: int | None, *, solve: bool) -> Recipe:
-        """The recipe for so many optimiser steps on each block; for None only beside dropped ones."""
-        return cls(solve=solve) if steps is None else cls(solve=solve, gap_steps=steps, refine=steps)
+        """The recipe for so many optimiser steps on each block; for None where they help most."""
+        if steps is None:
+            return cls(solve=solve)
+        return cls(solve=solve, gap_steps=steps, last_steps=steps, refine=steps)
+
+    def closed(self) -> Recipe:
+        """The same without optimiser steps."""
+        return replace(self, gap_steps=0, last_steps=0, refine=0)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,9 +134,10 @@ class Rebuilder:
             if self.recipe.solve:
                 for stage in shape.stages:
                     self._stage(stage, shape, layer, origin, streams)
-            self._refine(
-                layer, streams, beside_gap=not since == origin == until - 1, astray=until > layer + 1
-            )
+            if until < self.source.num_hidden_layers or not self.recipe.last_steps:  # else see `finish`
+                self._refine(
+                    layer, streams, beside_gap=not since == origin == until - 1, astray=until > layer + 1
+                )
             self._move_on(layer, streams)
             names = [n for n, place in self.student.places.items() if place.line.layer == layer]
             return {name: self.student.get(name).cpu() for name in names}
@@ -272,6 +290,11 @@ class Rebuilder:
                 weight_YX = weight_YX[:, :-1]
             self.student.put(name, weight_YX.contiguous())
 
+    def _steps(self, most: int, streams: Streams) -> int:
+        """Steps to take: at most so many, as the text is long, and not fewer than every block takes."""
+        _, windows = place_of_share(streams.fit)
+        return max(self.recipe.refine, min(most, steps_for(windows, streams.teacher.shape[1], PASSES)))
+
     def _refine(self, layer: int, streams: Streams, *, beside_gap: bool, astray: bool) -> None:
         """Train the block a little towards where the teacher's stream goes.
 
@@ -281,11 +304,8 @@ class Rebuilder:
             beside_gap: layers before or behind it are dropped, so that there is more to make up for.
             astray: some are dropped so far, and not only narrowed.
         """
-        steps = self.recipe.refine
-        if beside_gap and self.recipe.solve:
-            _, windows = place_of_share(streams.fit)
-            enough = steps_for(windows, streams.teacher.shape[1], PASSES)
-            steps = max(steps, min(self.recipe.gap_steps, enough))
+        extra = self.recipe.gap_steps if beside_gap and self.recipe.solve else 0
+        steps = self._steps(extra, streams)
         if not steps:
             return
         self.student_memo.turn_to(layer, None)
@@ -293,7 +313,7 @@ class Rebuilder:
             self.student,
             layer,
             streams.student,
-            lambda windows: self._encoded(streams.ahead[windows].to(self.student.device)),
+            stream_losses(lambda windows: self._encoded(streams.ahead[windows].to(self.student.device))),
             streams.fit,
             range(streams.fit, streams.fit + streams.held_out),
             steps=steps,
@@ -302,15 +322,60 @@ class Rebuilder:
             progress=self.progress,
         )
 
+    def finish(self, layer: int, streams: Streams) -> dict[str, Tensor]:
+        """Train the last block, and the norm behind it, towards what the teacher says; both streams are behind it.
+
+        Args:
+            layer: the student's last block.
+            streams: both streams, and the student's before the block; its own is computed anew.
+
+        Returns:
+            The tensors that were trained, by their names on disk; none if that did not help.
+        """
+        steps = self._steps(self.recipe.last_steps if self.recipe.solve else 0, streams)
+        if not (self.recipe.last_steps and steps):
+            return {}
+        final = self.student.weights.family.final_norm
+        norm = [name for name in self.student.places if final and name.startswith(f"{final}.")]
+        with self.student.block(layer), self.teacher.head(), self.student.head():
+            self.student_memo.turn_to(layer, None)
+            before, after = refine(
+                self.student,
+                layer,
+                streams.behind,
+                speech_losses(
+                    self.teacher, self.student, lambda some: streams.teacher[some].to(self.teacher.device)
+                ),
+                streams.fit,
+                range(streams.fit, streams.fit + streams.held_out),
+                steps=steps,
+                positions=positions_at_once(self.student, batch_of(streams.teacher.shape[1])),
+                beside=norm,
+                seed=layer,
+                progress=self.progress,
+            )
+            if not after < before:
+                return {}
+            self.errors.pop()
+            self._pass(layer, streams)
+            names = [n for n, place in self.student.places.items() if place.line.layer == layer] + norm
+            return {name: self.student.get(name).cpu() for name in names}
+
     def _move_on(self, layer: int, streams: Streams) -> None:
-        """Move both streams past the block and note how far apart they are."""
+        """Move both streams past the block; the student's before it is kept for the moment."""
+        for windows in streams.batches():
+            streams.teacher[windows] = streams.ahead[windows]
+            streams.behind[windows] = streams.student[windows]
+        self._pass(layer, streams)
+
+    def _pass(self, layer: int, streams: Streams) -> None:
+        """Run the student's block on the stream before it, and note how far behind it both are apart."""
         off, whole = 0.0, 0.0
         held_out = range(streams.fit, streams.fit + streams.held_out)
         for windows in streams.batches():
             with self.student_memo.of(windows):
-                out = self.student.run(layer, streams.student[windows].to(self.student.device)).cpu()
+                out = self.student.run(layer, streams.behind[windows].to(self.student.device)).cpu()
             streams.student[windows] = out
-            streams.teacher[windows] = streams.ahead[windows]
             if windows.start in held_out:
                 goal = self._encoded(streams.teacher[windows].to(self.student.device)).cpu()
                 scale = goal.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -2,23 +2,25 @@
 
 The closed form solves each matrix alone; what is lost between a matrix and the nonlinearity behind it only the whole
 block sees. That is little where a block stands for itself, and much beside dropped ones: the block before them must
-become another function, and not only a smaller one, and the block behind them reads another stream. No labels and no
-backward pass through the model are needed: the block's input and goal are the streams that are there anyway. The idea
-of reconstructing by blocks is that of BRECQ (https://arxiv.org/abs/2102.05426).
+become another function, and not only a smaller one, and the block behind them reads another stream. The last block
+need not give the teacher's stream at all, but what the teacher says. No labels and no backward pass through the model
+are needed: a block's input and goal are the streams that are there anyway. The idea of reconstructing by blocks is that
+of BRECQ (https://arxiv.org/abs/2102.05426).
 
-Shape letters: B windows, T tokens, D hidden size.
+Shape letters: B windows, T tokens, P positions of a window, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dslm.logits import divergence
 from dslm.progress import Progress
 from dslm.shrink.solve import place_of_share, sum_over_processes
 from dslm.shrink.walk import Walk
@@ -27,27 +29,81 @@ STEP, FAR = 0.003, 0.01
 """Largest step, relative to the root mean square of each tensor: at first, and once layers have been dropped."""
 _TOKENS = 2048
 """Tokens in one step, over all processes of a distributed run; at least one window."""
+_LOGITS = 2**24
+"""Logits that exist at once, as numbers; a few copies of them are made on the way."""
+
+Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From what a block gives at some positions ``[B, P, D]``, the numbers of the windows and the positions to a loss of
+each window, ``[B]``."""
 
 
 def steps_for(windows: int, length: int, passes: int) -> int:
     """Steps in which so many windows of one length are seen so often at most, but one step at least."""
-    return max(1, passes * windows // _batch(length))
+    return max(1, passes * windows // batch_of(length))
 
 
-def _batch(length: int) -> int:
+def batch_of(length: int) -> int:
+    """Windows in one step, over all processes."""
     return max(1, _TOKENS // length)
+
+
+def stream_losses(goals: Callable[[Tensor], Tensor]) -> Losses:
+    """The relative squared error of each window.
+
+    Args:
+        goals: from window numbers to the stream that the block should give, ``[B, T, D]``, where it runs.
+    """
+
+    def losses(out_BPD: Tensor, windows: Tensor, positions_P: Tensor) -> Tensor:
+        goal_BPD = goals(windows)[:, positions_P]
+        scale = goal_BPD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
+        return ((out_BPD - goal_BPD).square() / scale).mean(dim=(1, 2))
+
+    return losses
+
+
+def speech_losses(teacher: Walk, student: Walk, ends: Callable[[Tensor], Tensor]) -> Losses:
+    """The mean ``KL(teacher || student)`` of each window, in nats per token; the heads of both must be loaded.
+
+    Args:
+        teacher: the model to follow.
+        student: the one whose last block is trained.
+        ends: from window numbers to the teacher's stream behind its last block, ``[B, T, D]``, where it runs.
+    """
+
+    def losses(out_BPD: Tensor, windows: Tensor, positions_P: Tensor) -> Tensor:
+        end_BPD, piece = ends(windows)[:, positions_P], positions_at_once(student)
+        nats_B = []
+        for out_PD, end_PD in zip(out_BPD, end_BPD, strict=True):
+            pieces = zip(end_PD.split(piece), out_PD.split(piece), strict=True)
+            sums = [
+                divergence(teacher.logits(end[None])[0], student.logits(out[None])[0], 1.0)
+                for end, out in pieces
+            ]
+            nats_B.append(torch.stack(sums).sum() / len(positions_P))
+        return torch.stack(nats_B)
+
+    return losses
+
+
+def positions_at_once(walk: Walk, windows: int = 1) -> int:
+    """Positions of each of some windows whose logits exist at once."""
+    vocab: int = walk.model.get_output_embeddings().out_features
+    return max(1, _LOGITS // vocab // windows)
 
 
 def refine(
     walk: Walk,
     layer: int,
     inputs_BTD: Tensor,
-    goals: Callable[[Tensor], Tensor],
+    losses: Losses,
     fit: int,
     held_out: range,
     *,
     steps: int,
     step: float = STEP,
+    positions: int | None = None,
+    beside: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[float, float]:
@@ -60,21 +116,23 @@ def refine(
         walk: the student.
         layer: its block, loaded.
         inputs_BTD: the student's stream before the block.
-        goals: from window numbers to the stream that the block should give.
+        losses: what is to become small.
         fit: windows to fit on: the first so many.
         held_out: numbers of the windows that decide.
         steps: optimiser steps.
         step: the largest, relative to each tensor's size.
-        seed: of the order of windows.
+        positions: of each window that one step looks at, drawn anew each time; None for all.
+        beside: names of loaded tensors outside the block that are trained with it.
+        seed: of the order of windows, and of positions.
         progress: called with a label, steps done and steps in all.
 
     Returns:
-        Relative squared error on held-out windows before and after.
+        Mean loss on held-out windows before and after.
     """
-    names = [name for name, place in walk.places.items() if place.line.layer == layer]
+    names = [name for name, place in walk.places.items() if place.line.layer == layer] + list(beside)
     before = {name: walk.get(name).clone() for name in names}
     deciding = torch.arange(held_out.start, held_out.stop)
-    start = _error(walk, layer, inputs_BTD, goals, deciding)
+    start = _mean(walk, layer, inputs_BTD, losses, deciding)
     parameters: list[nn.Parameter] = []
     rates = []
     for name in names:
@@ -88,15 +146,17 @@ def refine(
         optimiser, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps))
     )
     first, whole = place_of_share(fit)
-    draw, batch = torch.Generator().manual_seed(seed), _batch(inputs_BTD.shape[1])
+    draw, batch = torch.Generator().manual_seed(seed), batch_of(inputs_BTD.shape[1])
     for number in range(steps):
         windows = torch.randint(whole, (batch,), generator=draw) - first
+        seen_P = torch.randperm(inputs_BTD.shape[1], generator=draw)[:positions].sort().values
         windows = windows[(windows >= 0) & (windows < fit)]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         if len(windows):
             with torch.enable_grad(), _repeatable(walk.device):
-                loss = _losses(walk, layer, inputs_BTD, goals, windows).sum() / batch
+                out_BTD = walk.forward(layer, inputs_BTD[windows].to(walk.device))
+                loss = losses(out_BTD[:, seen_P], windows, seen_P).sum() / batch
                 loss.backward()  # type: ignore[no-untyped-call]
         for parameter in parameters:
             assert parameter.grad is not None
@@ -107,7 +167,7 @@ def refine(
             progress("refining", number + 1, steps)
     for name in names:
         walk.put(name, walk.get(name).clone())
-    after = _error(walk, layer, inputs_BTD, goals, deciding)
+    after = _mean(walk, layer, inputs_BTD, losses, deciding)
     if not after < start:
         for name, values in before.items():
             walk.put(name, values)
@@ -119,25 +179,13 @@ def _repeatable(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
-def _losses(
-    walk: Walk, layer: int, inputs_BTD: Tensor, goals: Callable[[Tensor], Tensor], windows: Tensor
-) -> Tensor:
-    """Relative squared error of each of some windows, ``[windows]``."""
-    goal_BTD = goals(windows).to(walk.device)
-    scale = goal_BTD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
-    out_BTD = walk.forward(layer, inputs_BTD[windows].to(walk.device))
-    return ((out_BTD - goal_BTD).square() / scale).mean(dim=(1, 2))
-
-
 @torch.no_grad()
-def _error(
-    walk: Walk, layer: int, inputs_BTD: Tensor, goals: Callable[[Tensor], Tensor], windows: Tensor
-) -> float:
-    """Mean over the windows of all processes."""
-    total = sum(
-        float(_losses(walk, layer, inputs_BTD, goals, some).sum())
-        for some in torch.split(windows, 4)
-        if len(some)
-    )
+def _mean(walk: Walk, layer: int, inputs_BTD: Tensor, losses: Losses, windows: Tensor) -> float:
+    """Mean over the windows of all processes, and all their positions."""
+    total, all_P = 0.0, torch.arange(inputs_BTD.shape[1])
+    for some in torch.split(windows, 4):
+        if len(some):
+            out_BTD = walk.forward(layer, inputs_BTD[some].to(walk.device))
+            total += float(losses(out_BTD, some, all_P).sum())
     total, count = sum_over_processes(torch.tensor([total, len(windows)], dtype=torch.float64)).tolist()
     return float(total / count)

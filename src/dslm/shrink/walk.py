@@ -154,10 +154,10 @@ class Walk:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The end of the model: a function from the stream ``[B, T, D]`` to logits ``[B, T, V]``."""
         with self._loaded(self._outside(head=True)):
-            yield self._logits
+            yield self.logits
 
-    @torch.no_grad()
-    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """What the end of the model makes of the stream, ``[B, T, V]``; within `head`, each position for itself."""
         stubs: list[Callable[..., Tensor]] = [lambda hidden, *args, **kwargs: hidden] * len(self.blocks)
         stubs[-1] = lambda *args, **kwargs: hidden_BTD
         width = self.model.get_input_embeddings().embedding_dim
@@ -177,7 +177,7 @@ class Walk:
         handle = self.model.get_output_embeddings().register_forward_pre_hook(hook)
         try:
             with suppress(Stop):
-                self._logits(hidden_BTD)
+                self.logits(hidden_BTD)
         finally:
             handle.remove()
         return seen[0]

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from dslm.logits import head_logits
+from dslm.logits import divergence, head_logits
 
 IGNORED = -100
 """Label of a token that is not to be predicted, as everywhere in transformers."""
@@ -150,11 +150,3 @@ def _pieces(
         nothing = states_ND.sum()
         return nothing[None][:0], nothing
     return torch.cat([nats_C for nats_C, _ in found]), torch.stack([kl for _, kl in found]).sum()
-
-
-def divergence(goal_NV: Tensor, logits_NV: Tensor, temperature: float) -> Tensor:
-    """``sum_N KL(softmax(goal / t) || softmax(logits / t))`` in nats, over the tokens that both models have."""
-    vocab = min(goal_NV.shape[1], logits_NV.shape[1])
-    goal_NV, logits_NV = (x[:, :vocab].to(logits_NV.dtype) / temperature for x in (goal_NV, logits_NV))
-    log_p_NV, log_q_NV = goal_NV.log_softmax(dim=1), logits_NV.log_softmax(dim=1)
-    return functional.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)

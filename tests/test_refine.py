@@ -8,7 +8,8 @@ import torch
 import pico
 import shrinking
 from dslm.shrink import reconstruct
-from dslm.shrink.refine import refine, steps_for, stream_losses
+from dslm.shrink import refine as module
+from dslm.shrink.refine import refine, speech_loss, steps_for, stream_loss
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 
@@ -27,7 +28,7 @@ def test_steps_are_kept_where_they_help_on_held_out_windows(helps, tmp_path):
         if not helps:
             goals[HELD_OUT.start :] = now[HELD_OUT.start :]
         start, end = refine(
-            walk, 0, inputs, stream_losses(lambda windows: goals[windows]), FIT, HELD_OUT, steps=20
+            walk, 0, inputs, stream_loss(lambda windows: goals[windows]), FIT, HELD_OUT, steps=20
         )
         changed = [name for name in names if not torch.equal(walk.get(name), before[name])]
         scale = goals[HELD_OUT.start :].square().mean(dim=-1, keepdim=True)
@@ -39,6 +40,33 @@ def test_steps_are_kept_where_they_help_on_held_out_windows(helps, tmp_path):
     else:
         assert end == start
         assert changed == []
+
+
+@pytest.mark.parametrize(("family", "variant"), [("gemma2", "windows-softcaps"), ("phi", "mha")])
+def test_what_is_said_is_compared_in_pieces(family, variant, tmp_path, monkeypatch):
+    """Against all logits of the stock class at once; a piece is of both windows, and the last one is short."""
+    monkeypatch.setattr(module, "_LOGITS", 7 * pico.VOCAB)
+    source = shrinking.make_source(tmp_path, family, variant)
+    walk, model = Walk(Stored(source)), pico.make_model(family, variant)
+    ids, positions = pico.tokens(rows=5, length=20), torch.tensor([3, 0, 19, 8, 7])
+    stream = walk.embed(ids)
+    for layer in range(len(walk.blocks)):
+        with walk.block(layer):
+            stream = walk.run(layer, stream)
+    windows, out = (
+        torch.tensor([4, 1]),
+        stream.roll(1, dims=1),
+    )  # each position says what the one before it should
+    with walk.head() as logits:
+        off = logits(out)[windows][:, positions].log_softmax(-1)
+        found = speech_loss(walk, walk, lambda some: stream[some])(
+            out[windows][:, positions], windows, positions
+        )
+    with torch.no_grad():
+        said = model(input_ids=ids).logits[windows][:, positions].log_softmax(-1)
+    expected = (said.exp() * (said - off)).sum() / len(positions)
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert float(found) > 0.1
 
 
 def test_steps_see_the_text_so_often_at_most():

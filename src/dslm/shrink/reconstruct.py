@@ -23,9 +23,9 @@ from dslm.shrink.refine import (
     batch_of,
     positions_at_once,
     refine,
-    speech_losses,
+    speech_loss,
     steps_for,
-    stream_losses,
+    stream_loss,
 )
 from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import RIDGES, Moments, place_of_share, solve, sum_over_processes
@@ -313,7 +313,7 @@ class Rebuilder:
             self.student,
             layer,
             streams.student,
-            stream_losses(lambda windows: self._encoded(streams.ahead[windows].to(self.student.device))),
+            stream_loss(lambda windows: self._encoded(streams.ahead[windows].to(self.student.device))),
             streams.fit,
             range(streams.fit, streams.fit + streams.held_out),
             steps=steps,
@@ -343,7 +343,7 @@ class Rebuilder:
                 self.student,
                 layer,
                 streams.behind,
-                speech_losses(
+                speech_loss(
                     self.teacher, self.student, lambda some: streams.teacher[some].to(self.teacher.device)
                 ),
                 streams.fit,

@@ -32,9 +32,9 @@ _TOKENS = 2048
 _LOGITS = 2**24
 """Logits that exist at once, as numbers; a few copies of them are made on the way."""
 
-Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From what a block gives at some positions ``[B, P, D]``, the numbers of the windows and the positions to a loss of
-each window, ``[B]``."""
+Loss = Callable[[Tensor, Tensor, Tensor | slice], Tensor]
+"""From what a block gives for some windows at some positions ``[B, P, D]``, their numbers and the positions to the sum
+over the windows of each one's mean loss, a scalar."""
 
 
 def steps_for(windows: int, length: int, passes: int) -> int:
@@ -47,23 +47,23 @@ def batch_of(length: int) -> int:
     return max(1, _TOKENS // length)
 
 
-def stream_losses(goals: Callable[[Tensor], Tensor]) -> Losses:
-    """The relative squared error of each window.
+def stream_loss(goals: Callable[[Tensor], Tensor]) -> Loss:
+    """The relative squared error.
 
     Args:
         goals: from window numbers to the stream that the block should give, ``[B, T, D]``, where it runs.
     """
 
-    def losses(out_BPD: Tensor, windows: Tensor, positions_P: Tensor) -> Tensor:
-        goal_BPD = goals(windows)[:, positions_P]
+    def loss(out_BPD: Tensor, windows: Tensor, positions: Tensor | slice) -> Tensor:
+        goal_BPD = goals(windows)[:, positions]
         scale = goal_BPD.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
-        return ((out_BPD - goal_BPD).square() / scale).mean(dim=(1, 2))
+        return ((out_BPD - goal_BPD).square() / scale).mean(dim=(1, 2)).sum()
 
-    return losses
+    return loss
 
 
-def speech_losses(teacher: Walk, student: Walk, ends: Callable[[Tensor], Tensor]) -> Losses:
-    """The mean ``KL(teacher || student)`` of each window, in nats per token; the heads of both must be loaded.
+def speech_loss(teacher: Walk, student: Walk, ends: Callable[[Tensor], Tensor]) -> Loss:
+    """``KL(teacher || student)`` in nats per token; the heads of both must be loaded.
 
     Args:
         teacher: the model to follow.
@@ -71,19 +71,16 @@ def speech_losses(teacher: Walk, student: Walk, ends: Callable[[Tensor], Tensor]
         ends: from window numbers to the teacher's stream behind its last block, ``[B, T, D]``, where it runs.
     """
 
-    def losses(out_BPD: Tensor, windows: Tensor, positions_P: Tensor) -> Tensor:
-        end_BPD, piece = ends(windows)[:, positions_P], positions_at_once(student)
-        nats_B = []
-        for out_PD, end_PD in zip(out_BPD, end_BPD, strict=True):
-            pieces = zip(end_PD.split(piece), out_PD.split(piece), strict=True)
-            sums = [
-                divergence(teacher.logits(end[None])[0], student.logits(out[None])[0], 1.0)
-                for end, out in pieces
-            ]
-            nats_B.append(torch.stack(sums).sum() / len(positions_P))
-        return torch.stack(nats_B)
+    def loss(out_BPD: Tensor, windows: Tensor, positions: Tensor | slice) -> Tensor:
+        states = (ends(windows)[:, positions].flatten(0, 1), out_BPD.flatten(0, 1))
+        pieces = zip(*(torch.split(x_ND, positions_at_once(student)) for x_ND in states), strict=True)
+        nats = [
+            divergence(teacher.logits(end_ND[None])[0], student.logits(out_ND[None])[0], 1.0)
+            for end_ND, out_ND in pieces
+        ]
+        return torch.stack(nats).sum() / out_BPD.shape[1]
 
-    return losses
+    return loss
 
 
 def positions_at_once(walk: Walk, windows: int = 1) -> int:
@@ -96,7 +93,7 @@ def refine(
     walk: Walk,
     layer: int,
     inputs_BTD: Tensor,
-    losses: Losses,
+    loss: Loss,
     fit: int,
     held_out: range,
     *,
@@ -116,7 +113,7 @@ def refine(
         walk: the student.
         layer: its block, loaded.
         inputs_BTD: the student's stream before the block.
-        losses: what is to become small.
+        loss: what is to become small.
         fit: windows to fit on: the first so many.
         held_out: numbers of the windows that decide.
         steps: optimiser steps.
@@ -132,7 +129,7 @@ def refine(
     names = [name for name, place in walk.places.items() if place.line.layer == layer] + list(beside)
     before = {name: walk.get(name).clone() for name in names}
     deciding = torch.arange(held_out.start, held_out.stop)
-    start = _mean(walk, layer, inputs_BTD, losses, deciding)
+    start = _mean(walk, layer, inputs_BTD, loss, deciding)
     parameters: list[nn.Parameter] = []
     rates = []
     for name in names:
@@ -149,15 +146,17 @@ def refine(
     draw, batch = torch.Generator().manual_seed(seed), batch_of(inputs_BTD.shape[1])
     for number in range(steps):
         windows = torch.randint(whole, (batch,), generator=draw) - first
-        seen_P = torch.randperm(inputs_BTD.shape[1], generator=draw)[:positions].sort().values
+        seen: Tensor | slice = slice(None)
+        if positions is not None:
+            seen = torch.randperm(inputs_BTD.shape[1], generator=draw)[:positions]
         windows = windows[(windows >= 0) & (windows < fit)]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         if len(windows):
             with torch.enable_grad(), _repeatable(walk.device):
                 out_BTD = walk.forward(layer, inputs_BTD[windows].to(walk.device))
-                loss = losses(out_BTD[:, seen_P], windows, seen_P).sum() / batch
-                loss.backward()  # type: ignore[no-untyped-call]
+                mean = loss(out_BTD[:, seen], windows, seen) / batch
+                mean.backward()  # type: ignore[no-untyped-call]
         for parameter in parameters:
             assert parameter.grad is not None
             sum_over_processes(parameter.grad)
@@ -165,9 +164,10 @@ def refine(
         schedule.step()
         if progress is not None:
             progress("refining", number + 1, steps)
+    del optimiser, schedule, rates, parameters  # gradients and moments
     for name in names:
-        walk.put(name, walk.get(name).clone())
-    after = _mean(walk, layer, inputs_BTD, losses, deciding)
+        walk.put(name, walk.get(name))
+    after = _mean(walk, layer, inputs_BTD, loss, deciding)
     if not after < start:
         for name, values in before.items():
             walk.put(name, values)
@@ -180,12 +180,12 @@ def _repeatable(device: torch.device) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def _mean(walk: Walk, layer: int, inputs_BTD: Tensor, losses: Losses, windows: Tensor) -> float:
+def _mean(walk: Walk, layer: int, inputs_BTD: Tensor, loss: Loss, windows: Tensor) -> float:
     """Mean over the windows of all processes, and all their positions."""
-    total, all_P = 0.0, torch.arange(inputs_BTD.shape[1])
+    total = 0.0
     for some in torch.split(windows, 4):
         if len(some):
             out_BTD = walk.forward(layer, inputs_BTD[some].to(walk.device))
-            total += float(losses(out_BTD, some, all_P).sum())
+            total += float(loss(out_BTD, some, slice(None)))
     total, count = sum_over_processes(torch.tensor([total, len(windows)], dtype=torch.float64)).tolist()
     return float(total / count)

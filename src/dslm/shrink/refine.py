@@ -74,8 +74,8 @@ def speech_loss(teacher: Walk, student: Walk, ends: Callable[[Tensor], Tensor]) 
     def loss(out_BPD: Tensor, windows: Tensor, positions: Tensor | slice) -> Tensor:
         states = (ends(windows)[:, positions].flatten(0, 1), out_BPD.flatten(0, 1))
         pieces = zip(*(torch.split(x_ND, positions_at_once(student)) for x_ND in states), strict=True)
-        nats = [
-            divergence(teacher.logits(end_ND[None])[0], student.logits(out_ND[None])[0], 1.0)
+        nats = [  # each state as a window of its own: a model may know few positions
+            divergence(teacher.logits(end_ND[:, None])[:, 0], student.logits(out_ND[:, None])[:, 0], 1.0)
             for end_ND, out_ND in pieces
         ]
         return torch.stack(nats).sum() / out_BPD.shape[1]

@@ -25,7 +25,7 @@ from dslm.shrink import select
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Windows, rebuild
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.streams import batches
 from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk
@@ -41,11 +41,11 @@ RECIPES = {
     "layers": Recipe(solve=False),
     "reconstruct": Recipe(),
     "refine": Recipe(refine=100),
-    "closed_form": Recipe(gap_steps=0, last_steps=0),
-    "no_readers": Recipe(gap_steps=0, last_steps=0, readers=False),
-    "no_drift": Recipe(gap_steps=0, last_steps=0, drift=False),
-    "no_token_weights": Recipe(gap_steps=0, last_steps=0, weigh_tokens=False),
-    "no_rotation": Recipe(gap_steps=0, last_steps=0),
+    "closed_form": Recipe().closed(),
+    "no_readers": Recipe(readers=False).closed(),
+    "no_drift": Recipe(drift=False).closed(),
+    "no_token_weights": Recipe(weigh_tokens=False).closed(),
+    "no_rotation": Recipe().closed(),
 }
 
 

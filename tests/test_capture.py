@@ -17,7 +17,7 @@ from dslm.errors import VerificationError
 from dslm.shrink import capture as capture_module
 from dslm.shrink.capture import Capture, capture, captured, damage, masked_losses
 from dslm.shrink.rebuild import Windows, rebuild
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.search import predict, search
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored

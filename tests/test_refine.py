@@ -7,9 +7,9 @@ import torch
 
 import pico
 import shrinking
-from dslm.shrink import reconstruct
 from dslm.shrink import refine as module
-from dslm.shrink.refine import refine, speech_loss, steps_for, stream_loss
+from dslm.shrink import steps as steps_module
+from dslm.shrink.refine import kl_loss, refine, steps_for, stream_loss
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 
@@ -21,7 +21,7 @@ def test_steps_are_kept_where_they_help_on_held_out_windows(helps, tmp_path):
     walk = Walk(Stored(shrinking.make_source(tmp_path, "llama", "mha")))
     inputs = walk.embed(pico.tokens(rows=30, length=20))
     with walk.block(0):
-        names = [name for name, place in walk.places.items() if place.line.layer == 0]
+        names = walk.names(0)
         before = {name: walk.get(name).clone() for name in names}
         now = walk.run(0, inputs)
         goals = inputs + 0.5 * (now - inputs)  # half of what the block adds
@@ -53,15 +53,11 @@ def test_what_is_said_is_compared_in_pieces(family, variant, tmp_path, monkeypat
     for layer in range(len(walk.blocks)):
         with walk.block(layer):
             stream = walk.run(layer, stream)
-    windows, out = (
-        torch.tensor([4, 1]),
-        stream.roll(1, dims=1),
-    )  # each position says what the one before it should
+    windows = torch.tensor([4, 1])
+    out = stream.roll(1, dims=1)  # each position says what the one before it should
     with walk.head() as logits:
         off = logits(out)[windows][:, positions].log_softmax(-1)
-        found = speech_loss(walk, walk, lambda some: stream[some])(
-            out[windows][:, positions], windows, positions
-        )
+        found = kl_loss(walk, walk, lambda some: stream[some])(out[windows][:, positions], windows, positions)
     with torch.no_grad():
         said = model(input_ids=ids).logits[windows][:, positions].log_softmax(-1)
     expected = (said.exp() * (said - off)).sum() / len(positions)
@@ -85,7 +81,7 @@ def test_a_shrink_takes_as_many_steps_as_were_asked_for(asked, steps, tmp_path, 
         taken.append(steps)
         return 1.0, 1.0
 
-    monkeypatch.setattr(reconstruct, "refine", note)
+    monkeypatch.setattr(steps_module, "refine", note)
     shrinking.down(source, tmp_path / "out", source.sizes.replace(num_hidden_layers=2), refine=asked)
     assert set(taken) == ({steps} if steps else set())
     assert len(taken) <= 2, "none are taken while layers are chosen"

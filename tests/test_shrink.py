@@ -13,12 +13,13 @@ import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.errors import DslmError
 from dslm.plan import plan_shrink
-from dslm.shrink import reconstruct, refine
+from dslm.shrink import refine
+from dslm.shrink import steps as steps_module
 from dslm.shrink import walk as walk_module
 from dslm.shrink.down import shrink_checkpoint
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import rebuild
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 from growing import grow, load, logits, off
@@ -127,7 +128,7 @@ def test_dropped_layers_are_made_up_for_by_the_block_before_them(tmp_path):
             None,
             shrinking.windows(fit=64),
             tmp_path,
-            recipe=Recipe(drift=drift, gap_steps=0),
+            recipe=Recipe(drift=drift).closed(),
         )
         errors[drift] = found.errors[0]
     assert errors[True] < 0.8 * errors[False]
@@ -162,8 +163,8 @@ def test_blocks_beside_a_gap_take_steps_and_farther_ones_behind_it(tmp_path, mon
         rebuild(Stored(source), target, (0, 1, 3, 4), None, windows, tmp_path, recipe=Recipe(**recipe))
         return list(taken)
 
-    monkeypatch.setattr(reconstruct, "refine", note)
-    passes = reconstruct.PASSES * len(windows.fit) // (2048 // windows.fit.shape[1])
+    monkeypatch.setattr(steps_module, "refine", note)
+    passes = steps_module.PASSES * len(windows.fit) // (2048 // windows.fit.shape[1])
     assert 10 < passes < 20
     last = (3, passes, refine.STEP)
     assert steps_of(gap_steps=10, last_steps=9) == [

@@ -12,7 +12,7 @@ from dslm.shrink import depth
 from dslm.shrink.approximate import approximate
 from dslm.shrink.depth import bridged_losses, gaps_of, likely_layers
 from dslm.shrink.rebuild import Windows, rebuild
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored

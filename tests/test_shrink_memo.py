@@ -11,7 +11,7 @@ import pico
 import shrinking
 from dslm.shrink import rebuild
 from dslm.shrink.memo import Memo
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.walk import Walk, mean_loss
 from dslm.shrink.weights import Stored
 

@@ -17,7 +17,7 @@ from dslm.checkpoint.reader import open_folder
 from dslm.shrink.depth import bridged_losses
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
@@ -85,9 +85,7 @@ def shrunk(place: Path, family: str, variant: str, windows: Windows) -> Rebuilt:
     if target.hidden_size == 24:
         stream = survey_stream(Walk(weights), windows.fit, tied=target.tied).encoder(24)
     layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
-    return rebuild(
-        weights, target, layers, stream, windows, scratch, recipe=Recipe(gap_steps=0, last_steps=0)
-    )
+    return rebuild(weights, target, layers, stream, windows, scratch, recipe=Recipe().closed())
 
 
 def ranking(place: Path, ids: torch.Tensor) -> torch.Tensor:

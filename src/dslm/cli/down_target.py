@@ -74,7 +74,7 @@ def check_search(
 
 def search_shapes(source: Checkpoint, options: dict[str, Any], device: str, *, quiet: bool) -> list[Scored]:
     """Shapes near the number of parameters that was asked for, the best of those that were built first."""
-    from dslm.shrink.reconstruct import Recipe
+    from dslm.shrink.recipe import Recipe
     from dslm.shrink.search import read_windows, search
     from dslm.shrink.weights import Stored
 

@@ -168,7 +168,7 @@ def _measure(
     quiet: bool,
 ) -> _Measured:
     from dslm.shrink.capture import captured
-    from dslm.shrink.reconstruct import Recipe
+    from dslm.shrink.recipe import Recipe
     from dslm.shrink.search import ranked, read_windows, search
     from dslm.shrink.weights import Stored
 

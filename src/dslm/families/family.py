@@ -107,6 +107,10 @@ class Family:
         """Whether a block that adds nothing to the stream leaves it as it is: no norm runs over the stream itself."""
         return self.holds(self.stream_kept, config)
 
+    def is_final_norm(self, name: str) -> bool:
+        """Whether a tensor on disk belongs to the norm before the head."""
+        return bool(self.final_norm) and name.startswith(f"{self.final_norm}.")
+
     def is_branch_norm(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a norm between a writer and the stream."""
         if tensor.layer is None:

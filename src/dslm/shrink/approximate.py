@@ -12,7 +12,7 @@ from dslm.shrink.depth import likely_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.fold import Encoder
 from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Weights

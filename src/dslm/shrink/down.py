@@ -22,7 +22,7 @@ from dslm.progress import Progress
 from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration, check_windows
 from dslm.shrink.rebuild import Windows
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.weights import Folded, Stored, Weights
 from dslm.sizes import Sizes, count_parameters

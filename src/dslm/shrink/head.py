@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dslm.families.axes import Role
 from dslm.shrink.fold import Encoder
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.rotate import Rotation
 from dslm.shrink.solve import Moments, solve
 from dslm.shrink.streams import Streams
@@ -86,7 +86,7 @@ def _balanced_norm(teacher: Walk, student: Walk, sums: dict[bool, Moments]) -> d
             best, error = factor_S, loss(sums[False], factor_S)
     found = {}
     for name, place in student.places.items():
-        if family.final_norm and name.startswith(family.final_norm + "."):
+        if family.is_final_norm(name):
             offset = family.gain_offset if place.line.spec.axes[0].role is Role.GAIN else 0
             stored = student.weights.read(name)
             found[name] = (stored + offset) * best.to(stored) - offset

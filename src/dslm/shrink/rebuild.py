@@ -20,7 +20,8 @@ from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key
 from dslm.shrink.head import fit_head
 from dslm.shrink.memo import Memo
-from dslm.shrink.reconstruct import Rebuilder, Recipe
+from dslm.shrink.recipe import Recipe
+from dslm.shrink.reconstruct import Rebuilder
 from dslm.shrink.streams import Streams, empty_stream
 from dslm.shrink.walk import Walk, mean_loss
 from dslm.shrink.weights import Folded, Weights

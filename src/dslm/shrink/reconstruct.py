@@ -9,7 +9,7 @@ Shape letters: B windows, T tokens, N tokens of a batch, D hidden size, X input 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,18 +17,10 @@ from torch import Tensor
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.memo import Memo
-from dslm.shrink.refine import (
-    FAR,
-    STEP,
-    batch_of,
-    positions_at_once,
-    refine,
-    speech_loss,
-    steps_for,
-    stream_loss,
-)
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
-from dslm.shrink.solve import RIDGES, Moments, place_of_share, solve, sum_over_processes
+from dslm.shrink.solve import Moments, place_of_share, solve, sum_over_processes
+from dslm.shrink.steps import step_towards_logits, step_towards_stream, steps_to_take
 from dslm.shrink.streams import Streams, token_weights
 from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, reads_heads, tap, watch, with_one
 from dslm.shrink.walk import Walk
@@ -36,44 +28,6 @@ from dslm.sizes import Sizes
 
 ENOUGH = 2
 """Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
-PASSES = 20
-"""Times that a block beside dropped ones, or the last one, sees the tokens to fit on, at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How blocks are rebuilt: by default with everything; benchmarks switch parts off one by one.
-
-    Attributes:
-        solve: re-read by least squares; without it what stays is only cut out (the slicing baseline).
-        readers: refit matrices that read the stream too.
-        drift: let writers aim at the teacher's stream, and not only at what its block adds.
-        weigh_tokens: weight each token by one over the mean square of the stream.
-        ridges: strengths that are tried.
-        gap_steps: optimiser steps at most on the blocks beside dropped ones, after the closed form.
-        last_steps: the same on the last block, towards what the teacher says.
-        refine: optimiser steps on each block.
-    """
-
-    solve: bool = True
-    readers: bool = True
-    drift: bool = True
-    weigh_tokens: bool = True
-    ridges: tuple[float, ...] = RIDGES
-    gap_steps: int = 300
-    last_steps: int = 300
-    refine: int = 0
-
-    @classmethod
-    def with_steps(cls, steps: int | None, *, solve: bool) -> Recipe:
-        """The recipe for so many optimiser steps on each block; for None where they help most."""
-        if steps is None:
-            return cls(solve=solve)
-        return cls(solve=solve, gap_steps=steps, last_steps=steps, refine=steps)
-
-    def closed(self) -> Recipe:
-        """The same without optimiser steps."""
-        return replace(self, gap_steps=0, last_steps=0, refine=0)
 
 
 @dataclass(slots=True, eq=False)
@@ -134,13 +88,13 @@ class Rebuilder:
             if self.recipe.solve:
                 for stage in shape.stages:
                     self._stage(stage, shape, layer, origin, streams)
-            if until < self.source.num_hidden_layers or not self.recipe.last_steps:  # else see `finish`
-                self._refine(
-                    layer, streams, beside_gap=not since == origin == until - 1, astray=until > layer + 1
+            beside_gap, is_last = not since == origin == until - 1, until == self.source.num_hidden_layers
+            if not (is_last and self.recipe.last_steps):  # that one is for `finish`
+                self._step(
+                    layer, streams, self.recipe.gap_steps if beside_gap else 0, astray=until > layer + 1
                 )
             self._move_on(layer, streams)
-            names = [n for n, place in self.student.places.items() if place.line.layer == layer]
-            return {name: self.student.get(name).cpu() for name in names}
+            return {name: self.student.get(name).cpu() for name in self.student.names(layer)}
 
     def _look_ahead(self, origin: int, shape: Anatomy, streams: Streams) -> None:
         """Run the teacher's block; on the way choose the units and heads that stay."""
@@ -290,37 +244,20 @@ class Rebuilder:
                 weight_YX = weight_YX[:, :-1]
             self.student.put(name, weight_YX.contiguous())
 
-    def _steps(self, most: int, streams: Streams) -> int:
-        """Steps to take: at most so many, as the text is long, and not fewer than every block takes."""
-        _, windows = place_of_share(streams.fit)
-        return max(self.recipe.refine, min(most, steps_for(windows, streams.teacher.shape[1], PASSES)))
-
-    def _refine(self, layer: int, streams: Streams, *, beside_gap: bool, astray: bool) -> None:
-        """Train the block a little towards where the teacher's stream goes.
-
-        Args:
-            layer: the student's block.
-            streams: both streams before it.
-            beside_gap: layers before or behind it are dropped, so that there is more to make up for.
-            astray: some are dropped so far, and not only narrowed.
-        """
-        extra = self.recipe.gap_steps if beside_gap and self.recipe.solve else 0
-        steps = self._steps(extra, streams)
-        if not steps:
-            return
-        self.student_memo.turn_to(layer, None)
-        refine(
-            self.student,
-            layer,
-            streams.student,
-            stream_loss(lambda windows: self._encoded(streams.ahead[windows].to(self.student.device))),
-            streams.fit,
-            range(streams.fit, streams.fit + streams.held_out),
-            steps=steps,
-            step=FAR if astray else STEP,
-            seed=layer,
-            progress=self.progress,
-        )
+    def _step(self, layer: int, streams: Streams, most: int, *, astray: bool) -> None:
+        """Train a block towards where the teacher's stream goes, in so many steps of its own at most."""
+        steps = steps_to_take(self.recipe, streams, most)
+        if steps:
+            self.student_memo.turn_to(layer, None)
+            step_towards_stream(
+                self.student,
+                layer,
+                streams,
+                self._encoded,
+                steps=steps,
+                astray=astray,
+                progress=self.progress,
+            )
 
     def finish(self, layer: int, streams: Streams) -> dict[str, Tensor]:
         """Train the last block, and the norm behind it, towards what the teacher says; both streams are behind it.
@@ -332,33 +269,19 @@ class Rebuilder:
         Returns:
             The tensors that were trained, by their names on disk; none if that did not help.
         """
-        steps = self._steps(self.recipe.last_steps if self.recipe.solve else 0, streams)
-        if not (self.recipe.last_steps and steps):
+        if not self.recipe.last_steps:
             return {}
-        final = self.student.weights.family.final_norm
-        norm = [name for name in self.student.places if final and name.startswith(f"{final}.")]
+        steps = steps_to_take(self.recipe, streams, self.recipe.last_steps)
+        if not steps:
+            return {}
         with self.student.block(layer), self.teacher.head(), self.student.head():
             self.student_memo.turn_to(layer, None)
-            before, after = refine(
-                self.student,
-                layer,
-                streams.behind,
-                speech_loss(
-                    self.teacher, self.student, lambda some: streams.teacher[some].to(self.teacher.device)
-                ),
-                streams.fit,
-                range(streams.fit, streams.fit + streams.held_out),
-                steps=steps,
-                positions=positions_at_once(self.student, batch_of(streams.teacher.shape[1])),
-                beside=norm,
-                seed=layer,
-                progress=self.progress,
+            names = step_towards_logits(
+                self.teacher, self.student, layer, streams, steps=steps, progress=self.progress
             )
-            if not after < before:
-                return {}
-            self.errors.pop()
-            self._pass(layer, streams)
-            names = [n for n, place in self.student.places.items() if place.line.layer == layer] + norm
+            if names:
+                self.errors.pop()
+                self._pass(layer, streams)
             return {name: self.student.get(name).cpu() for name in names}
 
     def _move_on(self, layer: int, streams: Streams) -> None:
@@ -371,12 +294,11 @@ class Rebuilder:
     def _pass(self, layer: int, streams: Streams) -> None:
         """Run the student's block on the stream before it, and note how far behind it both are apart."""
         off, whole = 0.0, 0.0
-        held_out = range(streams.fit, streams.fit + streams.held_out)
         for windows in streams.batches():
             with self.student_memo.of(windows):
                 out = self.student.run(layer, streams.behind[windows].to(self.student.device)).cpu()
             streams.student[windows] = out
-            if windows.start in held_out:
+            if windows.start in streams.deciding:
                 goal = self._encoded(streams.teacher[windows].to(self.student.device)).cpu()
                 scale = goal.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
                 off += float(((out - goal).square() / scale).sum())

@@ -64,7 +64,7 @@ def stream_loss(goals: Callable[[Tensor], Tensor]) -> Loss:
     return loss
 
 
-def speech_loss(teacher: Walk, student: Walk, ends: Callable[[Tensor], Tensor]) -> Loss:
+def kl_loss(teacher: Walk, student: Walk, ends: Callable[[Tensor], Tensor]) -> Loss:
     """``KL(teacher || student)`` in nats per token; the heads of both must be loaded.
 
     Args:
@@ -128,7 +128,7 @@ def refine(
     Returns:
         Mean loss on held-out windows before and after.
     """
-    names = [name for name, place in walk.places.items() if place.line.layer == layer] + list(beside)
+    names = [*walk.names(layer), *beside]
     before = {name: walk.get(name).clone() for name in names}
     deciding = torch.arange(held_out.start, held_out.stop)
     start = _mean(walk, layer, inputs_BTD, loss, deciding)

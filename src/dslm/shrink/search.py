@@ -18,7 +18,7 @@ from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.capture import Capture, captured, damage, shares_cut
 from dslm.shrink.rebuild import Windows
-from dslm.shrink.reconstruct import Recipe
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk, walking_device

@@ -39,6 +39,11 @@ class Streams:
         """The student's stream before the block it has passed last, in the room of ``ahead`` until that moves on."""
         return self.ahead[..., : self.student.shape[2]]
 
+    @property
+    def deciding(self) -> range:
+        """Numbers of the held-out windows."""
+        return range(self.fit, self.fit + self.held_out)
+
     def batches(self) -> Iterator[slice]:
         """All windows, never two kinds in one batch."""
         length, ends = self.teacher.shape[1], [0, self.fit, self.fit + self.held_out, len(self.teacher)]

@@ -124,9 +124,12 @@ class Walk:
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:
         """One block with its weights, for as long as the context lasts."""
-        names = [name for name, place in self.places.items() if place.line.layer == layer]
-        with self._loaded(names):
+        with self._loaded(self.names(layer)):
             yield self.blocks[layer]
+
+    def names(self, layer: int) -> list[str]:
+        """Names of a block's tensors on disk."""
+        return [name for name, place in self.places.items() if place.line.layer == layer]
 
     @torch.no_grad()
     def run(self, layer: int, hidden_BTD: Tensor) -> Tensor:

@@ -111,8 +111,12 @@ class Folded:
         if name == family.embedding:
             return weight * table_factor(family, before, after)
         stream = self.stream
-        is_final_norm = bool(family.final_norm) and name.startswith(family.final_norm + ".")
-        if stream is not None and is_final_norm and after.tied and table_on_stream(family, config):
+        if (
+            stream is not None
+            and family.is_final_norm(name)
+            and after.tied
+            and table_on_stream(family, config)
+        ):
             is_gain = line.spec.axes[0].role is Role.GAIN
             offset = family.gain_offset if is_gain else 0
             balanced = stream.balanced(self._prepared.read(origin) + offset, is_gain=is_gain)

@@ -6,8 +6,10 @@ import json
 import re
 
 import pytest
+import torch
 
 import asking
+import dslm.shrink.approximate
 import pico
 from asking import FITTED, one_line
 from dslm.checkpoint.reader import open_folder
@@ -111,6 +113,32 @@ def test_a_text_that_cannot_be_used_is_one_line_and_leaves_nothing(
     code, out, err = call("-upd", "2", "-o", "out", *FITTED, *options, "-q")
     assert (code, out) == (1, "")
     assert re.search(named, one_line(err)), err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "hint"),
+    [
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            [],
+            ", or give --refine 0",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ["--refine", "0"], ""),
+        (MemoryError(), ["--method", "slice"], ""),
+    ],
+)
+def test_too_little_memory_says_what_to_lower(call, tmp_path, monkeypatch, error, options, hint):
+    def full(*args, **named):
+        raise error
+
+    monkeypatch.setattr(dslm.shrink.approximate, "rebuild", full)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call("-upd", "2", "-o", "out", *FITTED, "--calibration", "text.txt", "-q", *options)
+    assert (code, out) == (1, "")
+    told = one_line(err)
+    assert re.search(r"the memory is not enough to shrink block by block on \d+ windows of \d+ tokens", told)
+    assert told.rstrip().endswith(f"lower --samples or --sequence-length{hint}")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -6,6 +6,9 @@ Library code raises these for anything the user can cause or mend. The command l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DslmError(Exception):
     """Base of every error that dslm raises on purpose.
@@ -46,3 +49,28 @@ class VerificationError(DslmError):
 
 class MissingExtraError(DslmError):
     """An optional dependency is needed; the hint is the exact install line."""
+
+
+class OutOfMemoryError(DslmError):
+    """The memory of the machine, or of its GPU, was not enough."""
+
+
+@contextmanager
+def enough_memory(message: str, hint: str) -> Iterator[None]:
+    """Turn a lack of memory, which torch tells in several ways, into a line that says what to lower.
+
+    Args:
+        message: for what it was not enough.
+        hint: what needs less.
+
+    Raises:
+        OutOfMemoryError: the memory was not enough.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).lower()
+        told = "out of memory" in words or "can't allocate" in words
+        if not (told or isinstance(error, MemoryError)):
+            raise
+        raise OutOfMemoryError(f"the memory is not enough {message}", hint) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dslm.errors import enough_memory
 from dslm.progress import Progress
 from dslm.shrink.depth import likely_layers
 from dslm.shrink.encoder import survey_stream
@@ -42,18 +43,30 @@ def approximate(
         recipe: how blocks are rebuilt.
         device: one of `dslm.load.DEVICES`.
         progress: called with a label, what is done and what there is in all.
+
+    Raises:
+        OutOfMemoryError: the memory was not enough.
+        VerificationError: activations are not finite.
     """
     before, where = Sizes.from_config(weights.family, weights.config), walking_device(device)
-    stream = None
-    if before.hidden_size != target.hidden_size:
-        survey = survey_stream(Walk(weights, where), few(windows.fit), tied=target.tied, progress=progress)
-        stream = survey.encoder(target.hidden_size)
-    layers = choose_layers(
-        weights, target, stream, windows, folder, recipe=recipe, device=where, progress=progress
-    )
-    return rebuild(
-        weights, target, layers, stream, windows, folder, recipe=recipe, device=where, progress=progress
-    )
+    count, length = windows.all.shape
+    other = ", or give --refine 0" if recipe.takes_steps else ""
+    with enough_memory(
+        f"to shrink block by block on {count} windows of {length} tokens",
+        f"lower --samples or --sequence-length{other}",
+    ):
+        stream = None
+        if before.hidden_size != target.hidden_size:
+            survey = survey_stream(
+                Walk(weights, where), few(windows.fit), tied=target.tied, progress=progress
+            )
+            stream = survey.encoder(target.hidden_size)
+        layers = choose_layers(
+            weights, target, stream, windows, folder, recipe=recipe, device=where, progress=progress
+        )
+        return rebuild(
+            weights, target, layers, stream, windows, folder, recipe=recipe, device=where, progress=progress
+        )
 
 
 def choose_layers(

@@ -102,6 +102,7 @@ def shrink_checkpoint(
         SizeError, RecipeError: the sizes cannot be reached, or the calibration text cannot be used.
         CheckpointError: the output place is not usable, or the source is broken.
         VerificationError: activations are not finite.
+        OutOfMemoryError: the memory was not enough.
     """
     begin = time.monotonic()
     check_plan(plan, source.family, source.config)

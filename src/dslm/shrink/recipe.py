@@ -38,6 +38,11 @@ class Recipe:
             return cls(solve=solve)
         return cls(solve=solve, gap_steps=steps, last_steps=steps, refine=steps)
 
+    @property
+    def takes_steps(self) -> bool:
+        """Whether some block takes optimiser steps; a plain cut takes only those that every block takes."""
+        return bool(self.refine or (self.solve and (self.gap_steps or self.last_steps)))
+
     def closed(self) -> Recipe:
         """The same without optimiser steps."""
         return replace(self, gap_steps=0, last_steps=0, refine=0)

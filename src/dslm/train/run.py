@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.writer import check_output
-from dslm.errors import DslmError, RecipeError
+from dslm.errors import RecipeError, enough_memory
 from dslm.families import Tensor
 from dslm.grow.maps import Growth
 from dslm.load import check_token_ids, load_model, load_tokenizer, need, silence_transformers
@@ -67,7 +67,7 @@ def train_checkpoint(
         CheckpointError: the output place is not usable, or the model is broken.
         MissingExtraError: a package is not installed.
         VerificationError: the loss became NaN or infinite.
-        DslmError: the memory was not enough.
+        OutOfMemoryError: the memory was not enough.
     """
     begin = time.monotonic()
     check_training(asked)
@@ -79,14 +79,14 @@ def train_checkpoint(
     processes = PartialState(cpu=asked.device == "cpu")
     if processes.is_main_process:
         check_run(run_folder(out), resume=resume, overwrite=overwrite)
-    with _explained(asked, out):
+    with _enough_memory(asked, out):
         ready = _prepare(checkpoint, asked, processes, base or checkpoint.name, progress)
     facts = asked.as_dict() | {"model": checkpoint.name, "blocks": _fingerprint(ready.blocks)}
     point = None
     if processes.is_main_process:
         point = prepare_run(run_folder(out), facts, resume=resume, overwrite=overwrite)
     point = _same_everywhere(point, processes)
-    with _explained(asked, out):
+    with _enough_memory(asked, out):
         from dslm.train.arrange import arrange
 
         trainer, watch = arrange(
@@ -246,27 +246,16 @@ def _same_everywhere(point: Path | None, processes: Any) -> Path | None:
     return told[0]
 
 
-@contextmanager
-def _explained(asked: Training, out: Path) -> Iterator[None]:
-    """Turn a lack of memory into a line that says what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        words = str(error).lower()
-        if (
-            not isinstance(error, MemoryError)
-            and "out of memory" not in words
-            and "can't allocate" not in words
-        ):
-            raise
-        lower = ["--batch-size"] if asked.batch_size > 1 else []
-        lower += ["--block-size"]
-        other = "" if asked.gradient_checkpointing else ", or give --gradient-checkpointing"
-        raise DslmError(
-            f"the memory is not enough for {asked.batch_size} blocks of {asked.block_size} tokens at once; "
-            f"checkpoints are kept in {run_folder(out)}",
-            f"lower {' or '.join(lower)}{other}",
-        ) from error
+def _enough_memory(asked: Training, out: Path) -> AbstractContextManager[None]:
+    """What a lack of memory is told as."""
+    lower = ["--batch-size"] if asked.batch_size > 1 else []
+    lower += ["--block-size"]
+    other = "" if asked.gradient_checkpointing else ", or give --gradient-checkpointing"
+    return enough_memory(
+        f"for {asked.batch_size} blocks of {asked.block_size} tokens at once; "
+        f"checkpoints are kept in {run_folder(out)}",
+        f"lower {' or '.join(lower)}{other}",
+    )
 
 
 def _write(

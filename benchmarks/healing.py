@@ -68,7 +68,7 @@ def main() -> None:
             for method in asked.methods:
                 plan = plan_shrink(
                     asked.model, source.family, source.config, target,
-                    method=method, text=str(text), samples=asked.samples, length=1024,
+                    method=method, texts=[str(text)], samples=asked.samples, length=1024,
                 )  # fmt: skip
                 small = place / f"{method}-{share}-{asked.samples}"
                 if not small.exists():

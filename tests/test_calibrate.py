@@ -23,7 +23,7 @@ make, plain, bare = calibrating.make, calibrating.plain, calibrating.bare  # fix
 def test_windows_are_runs_of_the_text_from_all_over_it(plain, tmp_path, count):
     text = words(count)
     (tmp_path / "a.txt").write_text(text)
-    found = calibration(plain, str(tmp_path / "a.txt"), **SIZES)
+    found = calibration(plain, [str(tmp_path / "a.txt")], **SIZES)
     assert found.train.dtype == found.held_out.dtype == torch.int64
     assert (found.train.shape, found.held_out.shape) == ((14, 32), (2, 32))
     assert found.origin == f"the file {tmp_path / 'a.txt'}"
@@ -41,7 +41,7 @@ def test_windows_are_runs_of_the_text_from_all_over_it(plain, tmp_path, count):
 
 def test_every_document_gives_a_window_before_one_gives_two(plain, tmp_path):
     texts = [" ".join([f"w{i}"] * 400) for i in range(3, 33)]  # a token tells its document
-    found = calibration(plain, str(jsonl(tmp_path / "a.jsonl", texts)), **SIZES)
+    found = calibration(plain, [str(jsonl(tmp_path / "a.jsonl", texts))], **SIZES)
     kept, held = ([row[0] for row in windows.tolist()] for windows in (found.train, found.held_out))
     assert len(set(kept + held)) == 16
     assert (len(kept), len(held)) == (14, 2)
@@ -65,7 +65,7 @@ def test_documents_are_held_out_whole(plain, tmp_path, monkeypatch, kind):
     else:
         source = "someone/something"
         install_datasets(monkeypatch, [{"text": text} for text in [*texts, " "]])
-    found = calibration(plain, str(source), **SIZES)
+    found = calibration(plain, [str(source)], **SIZES)
     assert found.train.shape[1] == found.held_out.shape[1] == 32
     assert len(found.held_out) == 2
     assert 11 <= len(found.train) <= 14
@@ -77,15 +77,32 @@ def test_documents_are_held_out_whole(plain, tmp_path, monkeypatch, kind):
 
 def test_a_document_that_comes_twice_counts_once(plain, tmp_path):
     texts = [words(20, seed=i) for i in range(30)]
-    once = calibration(plain, str(jsonl(tmp_path / "a.jsonl", texts)), **SIZES)
-    twice = calibration(plain, str(jsonl(tmp_path / "b.jsonl", texts + texts)), **SIZES)
+    once = calibration(plain, [str(jsonl(tmp_path / "a.jsonl", texts))], **SIZES)
+    twice = calibration(plain, [str(jsonl(tmp_path / "b.jsonl", texts + texts))], **SIZES)
     assert torch.equal(once.train, twice.train)
     assert not rows(once.train) & rows(once.held_out)
 
 
+def test_several_texts_take_turns_and_give_equal_shares(plain, tmp_path):
+    given = str(jsonl(tmp_path / "a.jsonl", [" ".join([f"w{i}"] * 40) for i in range(3, 33)]))
+    short = str(jsonl(tmp_path / "b.jsonl", [" ".join([f"w{i}"] * 40) for i in range(33, 38)]))
+    sizes = SIZES | {"samples": 17}
+    found = calibration(plain, [given, "self", short], **sizes)
+    parts = [
+        calibration(plain, [text], **sizes | {"samples": n})
+        for text, n in [(given, 6), ("self", 6), (short, 5)]
+    ]
+    first, second, third = (part.train.tolist() for part in parts)
+    assert [len(part.train) for part in parts] == [5, 5, 4]
+    turns = [one[i] for i in range(4) for one in (first, second, third)]
+    assert found.train.tolist() == [*turns, first[4], second[4]]
+    assert found.held_out.tolist() == [part.held_out[0].tolist() for part in parts]
+    assert found.origin == f"the file {given} and text that the model wrote itself and the file {short}"
+
+
 def test_few_documents_are_split_by_windows(plain, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [words(300, seed=1), words(300, seed=2)])
-    found = calibration(plain, str(source), **SIZES)
+    found = calibration(plain, [str(source)], **SIZES)
     assert (len(found.train), len(found.held_out)) == (14, 2)
     assert not rows(found.train) & rows(found.held_out)
 
@@ -93,20 +110,20 @@ def test_few_documents_are_split_by_windows(plain, tmp_path):
 @pytest.mark.parametrize("count", [64, 100, 320])
 def test_a_short_text_gives_what_there_is(plain, tmp_path, count):
     (tmp_path / "a.txt").write_text(words(count))
-    found = calibration(plain, str(tmp_path / "a.txt"), **SIZES)
+    found = calibration(plain, [str(tmp_path / "a.txt")], **SIZES)
     assert len(found.train) + len(found.held_out) == count // 32
     assert len(found.held_out) == 1
 
 
 def test_long_words_do_not_make_a_long_text_short(make, tmp_path):
     (tmp_path / "a.txt").write_text("".join(word + " " * 100 for word in words(600).split()))
-    found = calibration(make(bos=False), str(tmp_path / "a.txt"), **SIZES)
+    found = calibration(make(bos=False), [str(tmp_path / "a.txt")], **SIZES)
     assert len(found.train) == 14
 
 
 def test_the_seed_orders_the_documents(plain, tmp_path):
     source = str(jsonl(tmp_path / "a.jsonl", [words(20, seed=i) for i in range(60)]))
-    first, again, other = (calibration(plain, source, **SIZES | {"seed": seed}) for seed in (0, 0, 1))
+    first, again, other = (calibration(plain, [source], **SIZES | {"seed": seed}) for seed in (0, 0, 1))
     assert torch.equal(first.train, again.train)
     assert torch.equal(first.held_out, again.held_out)
     assert not torch.equal(first.train, other.train)
@@ -138,8 +155,8 @@ def test_the_model_writes_its_own_text(make, tokenizer):
     checkpoint, state = make(**tokenizer), torch.get_rng_state()
     told: list[tuple[str, int, int]] = []
     sizes = {"samples": 20, "length": 24}
-    first = calibration(checkpoint, None, **sizes, seed=3, progress=lambda *a: told.append(a))
-    again, other = (calibration(checkpoint, None, **sizes, seed=seed) for seed in (3, 4))
+    first = calibration(checkpoint, ["self"], **sizes, seed=3, progress=lambda *a: told.append(a))
+    again, other = (calibration(checkpoint, ["self"], **sizes, seed=seed) for seed in (3, 4))
     assert (first.train.shape, first.held_out.shape) == ((18, 24), (2, 24))
     assert first.origin == "text that the model wrote itself"
     everything = torch.cat([first.train, first.held_out])
@@ -155,7 +172,7 @@ def test_the_model_writes_its_own_text(make, tokenizer):
 
 
 def test_windows_go_on_from_openings(make):
-    found = calibration(make(bos=True), None, samples=8, length=32, seed=0)
+    found = calibration(make(bos=True), ["self"], samples=8, length=32, seed=0)
     # The tiny tokenizer knows no English: an opening is the start token and as many unknown words.
     lengths = {len(opening.split()) for opening in OPENINGS}
     for row in found.train[1::2].tolist():
@@ -186,10 +203,10 @@ def test_what_is_written_is_what_the_model_would_say(family, monkeypatch):
         ),
     ],
 )
-@pytest.mark.parametrize("source", [None, "x.txt"])
+@pytest.mark.parametrize("source", ["self", "x.txt"])
 def test_sizes_that_are_too_small_are_refused(plain, sizes, said, source):
     with pytest.raises(RecipeError) as caught:
-        calibration(plain, source, **SIZES | sizes)
+        calibration(plain, [source], **SIZES | sizes)
     assert said in str(caught.value)
 
 
@@ -204,15 +221,15 @@ def test_check_windows_refuses_too_little(plain, tmp_path):
 def test_a_text_needs_a_tokenizer(bare, tmp_path):
     (tmp_path / "a.txt").write_text(words(600))
     with pytest.raises(
-        CheckpointError, match="tiny has no tokenizer to read a calibration text with; name no text"
+        CheckpointError, match="tiny has no tokenizer to read a calibration text with; calibrate on self"
     ):
-        calibration(bare, str(tmp_path / "a.txt"), **SIZES)
+        calibration(bare, [str(tmp_path / "a.txt")], **SIZES)
 
 
 def test_a_tokenizer_of_another_model_is_refused(make, tmp_path):
     (tmp_path / "a.txt").write_text("w3 w99 " * 300)
     with pytest.raises(CheckpointError, match="the tokenizer of tiny gives token 99, and the model has 96"):
-        calibration(make(words=120), str(tmp_path / "a.txt"), **SIZES)
+        calibration(make(words=120), [str(tmp_path / "a.txt")], **SIZES)
 
 
 def test_a_broken_model_writes_nothing(make):
@@ -222,4 +239,4 @@ def test_a_broken_model_writes_nothing(make):
         broken.model.norm.weight.fill_(torch.nan)
     broken.save_pretrained(checkpoint.folder)
     with pytest.raises(CheckpointError, match="logits are not numbers"):
-        calibration(open_folder(checkpoint.folder), None, **SIZES)
+        calibration(open_folder(checkpoint.folder), ["self"], **SIZES)

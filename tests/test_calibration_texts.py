@@ -24,7 +24,7 @@ def test_of_a_long_data_set_only_the_head_is_read(plain, monkeypatch):
 
     install_datasets(monkeypatch, endless())
     told = []
-    found = calibration(plain, "someone/something", **SIZES, progress=lambda *a: told.append(a))
+    found = calibration(plain, ["someone/something"], **SIZES, progress=lambda *a: told.append(a))
     assert (len(found.train), len(found.held_out)) == (14, 2)
     assert len(read) < 200
     assert told[-1][0] == "reading someone/something"
@@ -50,7 +50,7 @@ def test_a_bad_file_is_refused(plain, tmp_path, name):
     content, said = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecipeError) as caught:
-        calibration(plain, str(tmp_path / name), **SIZES)
+        calibration(plain, [str(tmp_path / name)], **SIZES)
     assert said in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -59,27 +59,27 @@ def test_a_bad_file_is_refused(plain, tmp_path, name):
 @pytest.mark.parametrize("source", ["/no/such.txt", "./such", "data/such.jsonl", "such", "~/no such/file"])
 def test_a_missing_file_is_refused(plain, source):
     with pytest.raises(RecipeError, match=r"there is no file .*such"):
-        calibration(plain, source, **SIZES)
+        calibration(plain, [source], **SIZES)
 
 
 def test_a_folder_without_text_is_refused(plain, tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
     with pytest.raises(RecipeError, match="holds no text"):
-        calibration(plain, str(tmp_path), **SIZES)
+        calibration(plain, [str(tmp_path)], **SIZES)
 
 
 def test_the_hub_is_not_asked_when_offline(plain):
     with pytest.raises(
         RecipeError, match="someone/something is no file here, and HF_HUB_OFFLINE is set; unset"
     ):
-        calibration(plain, "someone/something", **SIZES)
+        calibration(plain, ["someone/something"], **SIZES)
 
 
 def test_the_hub_needs_a_package(plain, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError) as caught:
-        calibration(plain, "someone/something", **SIZES)
+        calibration(plain, ["someone/something"], **SIZES)
     assert caught.value.hint == "pip install datasets"
 
 
@@ -99,5 +99,5 @@ def test_the_hub_needs_a_package(plain, monkeypatch):
 def test_a_bad_data_set_is_refused(plain, monkeypatch, found, said):
     install_datasets(monkeypatch, found)
     with pytest.raises(RecipeError) as caught:
-        calibration(plain, "someone/something", **SIZES)
+        calibration(plain, ["someone/something"], **SIZES)
     assert said in str(caught.value)

@@ -62,6 +62,8 @@ def test_options_reach_the_library(call, asked):
         "slice",
         "--calibration",
         "owner/data",
+        "--calibration",
+        "self",
         "--samples",
         8,
         "--sequence-length",
@@ -77,7 +79,7 @@ def test_options_reach_the_library(call, asked):
     assert code == 0
     plan = asked["plan"]
     assert plan.methods == {"intermediate_size": "slice"}
-    assert plan.calibration == {"text": "owner/data", "samples": 8, "length": 48, "refine": None}
+    assert plan.calibration == {"texts": ["owner/data", "self"], "samples": 8, "length": 48, "refine": None}
     assert (plan.seed, plan.model) == (5, "tiny")
     assert (asked["out"], asked["check"], asked["device"]) == (Path("out"), Path("check.txt"), "cpu")
     assert asked["overwrite"] is True
@@ -85,7 +87,7 @@ def test_options_reach_the_library(call, asked):
 
 def test_what_is_not_asked_for_is_usual(call, asked):
     assert call("-upd", "2")[0] == 0
-    assert asked["plan"].calibration == {"text": None, "samples": 64, "length": 512, "refine": None}
+    assert asked["plan"].calibration == {"texts": ["self"], "samples": 64, "length": 512, "refine": None}
     assert (asked["plan"].seed, asked["check"], asked["device"]) == (0, None, "auto")
     assert asked["overwrite"] is False
     assert re.fullmatch(r"tiny-\d+\.\dk", str(asked["out"]))
@@ -118,7 +120,7 @@ def test_a_plan_file_is_done_as_it_says(call, asked, source, tmp_path):
         checkpoint.config,
         checkpoint.sizes.replace(num_hidden_layers=2),
         method="slice",
-        text="text.txt",
+        texts=["text.txt"],
         samples=8,
         seed=4,
     )
@@ -170,7 +172,7 @@ def test_json_has_all_of_it(call, asked):
     assert found["changes"] == {"intermediate_size": [48, 24]}
     assert found["parameters"] == dict(zip(("before", "after"), asked["made"].parameters, strict=True))
     assert found["methods"] == {"intermediate_size": "reconstruct"}
-    assert found["calibration"] == {"text": None, "samples": 64, "length": 512, "refine": None}
+    assert found["calibration"] == {"texts": ["self"], "samples": 64, "length": 512, "refine": None}
     assert found["texts"]["check"]["perplexity"] == pytest.approx({"before": 30, "after": 45})
     assert found["texts"]["held-out"]["loss"] == pytest.approx(
         {"before": math.log(20), "after": math.log(25)}

@@ -16,7 +16,13 @@ pytestmark = training.WARNINGS
 
 def test_down_heals_in_one_go(call, model, data, tmp_path):
     out = tmp_path / "small"
-    options = ["--intermediate-size", 32, "--calibration", data, "--samples", 8, "--sequence-length", 32]
+    texts = [
+        "--calibration",
+        "self",
+        "--calibration",
+        data,
+    ]  # one heals on what is given, not on what it wrote
+    options = ["--intermediate-size", 32, *texts, "--samples", 8, "--sequence-length", 32]
     code, said, err = call("down", model, "-o", out, *options, "--heal-tokens", "20k", "--json")
     assert code == 0, err
     healed = json.loads(said)["healed"]
@@ -25,6 +31,7 @@ def test_down_heals_in_one_go(call, model, data, tmp_path):
     record = json.loads((out / "dslm.json").read_text())
     assert record["plan"]["target"]["intermediate_size"] == 32
     assert record["trained"][0]["settings"]["teacher"] == "tiny"
+    assert record["trained"][0]["settings"]["data"] == [data.name]
     card = (out / "README.md").read_text()
     assert card.count("base_model") <= 1
     assert card.index("reconstruct") < card.index("## Trained")

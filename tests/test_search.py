@@ -47,7 +47,7 @@ def test_what_is_found_is_legal_near_and_measured_first(family, variant, tmp_pat
 def test_what_is_measured_is_what_down_gets(llama, tmp_path, monkeypatch):
     given = _calibration()
     monkeypatch.setattr(search_module, "calibration", given)
-    windows = search_module.read_windows(llama.checkpoint, None, samples=24, length=20)
+    windows = search_module.read_windows(llama.checkpoint, ["self"], samples=24, length=20)
     best = search(llama, round(0.8 * total(llama)), windows, build=1, device="cpu")[0]
     monkeypatch.setattr(down_module, "calibration", given)
     done = shrinking.down(llama.checkpoint, tmp_path / "out", best.sizes)

@@ -55,7 +55,7 @@ def test_plan_shows_predictions_measurements_and_a_picture(call):
     assert re.search(r"^ +50% +1\d\.\dk +#{20,} +[\d.]+ nats, perplexity", out, re.MULTILINE)
     assert "first shape written to p.yaml" in out
     assert call("down", "tiny", "--plan", "p.yaml", "-o", "out", "--device", "cpu")[0] == 0
-    assert yaml.safe_load(Path("p.yaml").read_text())["calibration"]["text"] == "text.txt"
+    assert yaml.safe_load(Path("p.yaml").read_text())["calibration"]["texts"] == ["text.txt"]
     made = open_folder(Path("out")).sizes
     assert [made.num_hidden_layers, made.hidden_size, made.intermediate_size] == [
         int(n) for n in rows[0][1:4]

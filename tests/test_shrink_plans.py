@@ -15,7 +15,7 @@ from dslm.plan_shrink import check_groups
 
 
 def shrink(config: dict, **changes) -> Plan:
-    words = ("method", "text", "samples", "length", "refine", "seed")
+    words = ("method", "texts", "samples", "length", "refine", "seed")
     options = {key: changes.pop(key) for key in words if key in changes}
     family = load_family(config["model_type"])
     return plan_shrink("m", family, config, sizes_of(config).replace(**changes), **options)
@@ -100,6 +100,9 @@ def test_only_what_shrinks_has_a_method(config, asked):
         ({"samples": 1}, "samples is 1"),
         ({"samples": -5}, "samples is -5"),
         ({"length": 0}, "windows of 0 tokens"),
+        ({"texts": []}, "no calibration text is named; name some; self: the model writes it"),
+        ({"texts": ["a", "self", "a"]}, "the calibration text a is named twice"),
+        ({"texts": ["a", "b"], "samples": 3}, "samples is 3; at least 4: one window of each text to fit on"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(options, named):
@@ -108,7 +111,8 @@ def test_options_that_do_not_exist_are_refused(options, named):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"text": "wiki.txt", "samples": 8, "length": 64}, {"method": "slice", "seed": 2**40}]
+    "options",
+    [{}, {"texts": ["wiki.txt", "self"], "samples": 8, "length": 64}, {"method": "slice", "seed": 2**40}],
 )
 @pytest.mark.parametrize("config", REAL.values(), ids=REAL)
 def test_a_plan_survives_its_file(config, options, tmp_path):
@@ -139,10 +143,12 @@ EDITS = {
     "samples": ("samples: 64", "samples: 1", "samples is 1"),
     "samples a word": ("samples: 64", "samples: many", "samples of calibration is 'many'"),
     "samples a truth": ("samples: 64", "samples: true", "samples of calibration is True"),
-    "text a number": ("text: null", "text: 3", "text of calibration is 3"),
+    "texts a word": ("texts:\n  - self", "texts: self", "texts of calibration is 'self'"),
+    "a text a number": ("texts:\n  - self", "texts: [3]", r"texts of calibration is \[3\]"),
     "unknown key": ("  length: 512", "  width: 512", "calibration must have"),
     "calibration a word": (
-        "calibration:\n  text: null\n  samples: 64\n  length: 512\n  refine: null", "calibration: wiki", "calibration"
+        "calibration:\n  texts:\n  - self\n  samples: 64\n  length: 512\n  refine: null", "calibration: wiki",
+        "calibration",
     ),
     "other model": ("family: llama", "family: qwen2", "another model"),
 }  # fmt: skip
@@ -178,19 +184,27 @@ def test_the_place_of_a_text_is_nobodys_business(text, name):
 
 def test_the_command_and_the_card_of_a_shrink():
     plan = shrink(
-        SMOLLM2, intermediate_size=1024, num_hidden_layers=20, tied=False, text="/home/me/wiki.txt", seed=3
+        SMOLLM2,
+        intermediate_size=1024,
+        num_hidden_layers=20,
+        tied=False,
+        texts=["/home/me/wiki.txt", "self"],
+        seed=3,
     )
     assert command_of(plan) == (
         "dslm down m --intermediate-size 1024 --num-hidden-layers 20 --untie --method reconstruct "
-        "--calibration wiki.txt --samples 64 --sequence-length 512 --seed 3"
+        "--calibration wiki.txt --calibration self --samples 64 --sequence-length 512 --seed 3"
     )
     assert "--calibration" not in command_of(shrink(SMOLLM2, intermediate_size=1024))
     assert " --refine 0 " in command_of(shrink(SMOLLM2, intermediate_size=1024, refine=0))
     card = render_card("small", plan, (200, 100), {}, {}, {"perplexity": 3.25})
     assert "least squares towards the sliced weights, and steps of single blocks" in card
-    assert "Calibration: wiki.txt, 64 windows of 512 tokens. Seed: 3." in card
+    assert (
+        "Calibration: wiki.txt and text that the model wrote itself, 64 windows of 512 tokens. Seed: 3."
+        in card
+    )
     assert "/home/me" not in card + without_places(plan).to_yaml()
     assert "Split" not in card
     sliced = render_card("small", shrink(SMOLLM2, intermediate_size=1024, method="slice"), (2, 1), {}, {}, {})
     assert "[slice](https://arxiv.org/abs/2407.14679)" in sliced
-    assert "text that the model wrote itself" in sliced
+    assert "Calibration: text that the model wrote itself, 64" in sliced

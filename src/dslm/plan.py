@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import yaml
 from dslm.errors import RecipeError, SizeError
 from dslm.families import Family
 from dslm.families.family import Config
+from dslm.plan_shrink import SELF, check_calibration, check_methods, check_shrink, wrong_calibration
 from dslm.plan_shrink import SHRINK_METHODS as SHRINK_METHODS
 from dslm.plan_shrink import SHRUNK as SHRUNK
-from dslm.plan_shrink import check_calibration, check_methods, check_shrink, wrong_calibration
 from dslm.sizes import WORDS, Sizes, check_legal, differing
 
 METHOD_NAMES = ("hypercloning", "net2net", "padding")
@@ -45,8 +45,9 @@ class Plan:
         snr_db: level of the ``noise`` split in decibels.
         seed: of all randomness.
         dtype: safetensors code of the output's weights, or None to keep each tensor's.
-        calibration: what a shrink is fitted on: ``text`` (a file, a data set on the hub, or None: the model writes it),
-            ``samples`` (windows), ``length`` (tokens in each) and ``refine`` (steps, or None). None for a growth.
+        calibration: what a shrink is fitted on: ``texts`` (files, data sets on the hub, or ``self``: the model writes
+            it; each has an equal share), ``samples`` (windows), ``length`` (tokens in each) and ``refine`` (steps, or
+            None). None for a growth.
     """
 
     model: str
@@ -182,7 +183,7 @@ def plan_shrink(
     target: Sizes,
     *,
     method: str = "reconstruct",
-    text: str | None = None,
+    texts: Sequence[str] = (SELF,),
     samples: int = 64,
     length: int = 512,
     refine: int | None = None,
@@ -196,8 +197,8 @@ def plan_shrink(
         config: the source's config.
         target: the sizes to reach.
         method: ``reconstruct`` or ``slice``, for every dimension that shrinks.
-        text: calibration text: a file, or a data set on the hub; None: the model writes it.
-        samples: windows of calibration text.
+        texts: calibration texts: files, data sets on the hub, or ``self``: the model writes it.
+        samples: windows of calibration text, from each text an equal share.
         length: tokens in a window.
         refine: optimiser steps on each block after the closed form, 0 for none at all; None: only on the last one
             and beside layers that are dropped, as many as the text is good for.
@@ -215,7 +216,7 @@ def plan_shrink(
         target=target,
         methods=dict.fromkeys(_dimensions_to_shrink(source, target), method),
         seed=seed,
-        calibration={"text": text, "samples": samples, "length": length, "refine": refine},
+        calibration={"texts": list(texts), "samples": samples, "length": length, "refine": refine},
     )
     check_plan(plan, family, config)
     return plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ _TEXT_FILES = (
     *(".jsonl", ".json", ".ndjson", ".json-lines", ".txt", ".text"),
     *(".md", ".csv", ".tsv", ".parquet", ".gz", ".zst"),
 )
+SELF = "self"
+"""The calibration text that a model writes itself."""
 _CALIBRATION: Mapping[str, type | tuple[type, ...]] = {
-    "text": (str, type(None)),
+    "texts": list,
     "samples": int,
     "length": int,
     "refine": (int, type(None)),
@@ -152,16 +154,31 @@ def check_methods(methods: Mapping[str, str], words: list[str]) -> None:
         raise RecipeError("the dimensions have different methods", "a shrink has one method for all of them")
 
 
-def check_calibration(calibration: Mapping[str, Any]) -> None:
-    """Refuse sizes of a calibration that cannot be.
+def check_texts(texts: Sequence[str], samples: int) -> None:
+    """Refuse calibration texts of which so many windows cannot be taken.
 
     Raises:
-        RecipeError: there are too few samples, or they are too short.
+        RecipeError: no text is named, or one twice, or there are too few samples for each to give some.
     """
-    if calibration["samples"] < 2:
+    if not texts:
+        raise RecipeError("no calibration text is named", f"name some; {SELF}: the model writes it")
+    if twice := [text for text in texts if texts.count(text) > 1]:
+        raise RecipeError(f"the calibration text {twice[0]} is named twice", "name it once")
+    if samples < 2 * len(texts):
+        each = "" if len(texts) == 1 else " of each text"
         raise RecipeError(
-            f"samples is {calibration['samples']}", "at least 2: one window to fit on and one to check"
+            f"samples is {samples}",
+            f"at least {2 * len(texts)}: one window{each} to fit on and one to check",
         )
+
+
+def check_calibration(calibration: Mapping[str, Any]) -> None:
+    """Refuse a calibration that cannot be.
+
+    Raises:
+        RecipeError: there are too few samples for the texts, or they are too short; steps are negative.
+    """
+    check_texts(calibration["texts"], calibration["samples"])
     if calibration["refine"] is not None and calibration["refine"] < 0:
         raise RecipeError(f"refine is {calibration['refine']} steps", "give 0 or more")
     if calibration["length"] < 2:
@@ -184,4 +201,5 @@ def wrong_calibration(calibration: object) -> str:
         value = calibration[key]
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"{key} of calibration is {value!r}"
-    return ""
+    texts = calibration["texts"]
+    return "" if all(isinstance(text, str) for text in texts) else f"texts of calibration is {texts!r}"

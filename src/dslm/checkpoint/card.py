@@ -14,7 +14,7 @@ import yaml
 
 from dslm.checkpoint.config import DTYPE_NAMES
 from dslm.plan import DEPTH_METHOD, Plan
-from dslm.plan_shrink import names_data_set
+from dslm.plan_shrink import SELF, names_data_set
 from dslm.sizes import differing
 
 _EXPLAINED = {
@@ -35,8 +35,8 @@ def command_of(plan: Plan) -> str:
     if plan.calibration is None:
         words.append(f"--split {plan.split}" if plan.snr_db is None else f"--snr-db {plan.snr_db:g}")
     else:
-        if plan.calibration["text"] is not None:
-            words.append(f"--calibration {shlex.quote(calibration_name(plan.calibration['text']))}")
+        texts = [calibration_name(text) for text in plan.calibration["texts"]]
+        words += [f"--calibration {shlex.quote(text)}" for text in texts if texts != [SELF]]
         words.append(f"--samples {plan.calibration['samples']}")
         words.append(f"--sequence-length {plan.calibration['length']}")
         if plan.calibration["refine"] is not None:
@@ -54,10 +54,10 @@ def calibration_name(text: str) -> str:
 
 def without_places(plan: Plan) -> Plan:
     """The plan as it is recorded: where a file lies is nobody's business."""
-    if plan.calibration is None or plan.calibration["text"] is None:
+    if plan.calibration is None:
         return plan
-    name = calibration_name(plan.calibration["text"])
-    return replace(plan, calibration={**plan.calibration, "text": name})
+    texts = [calibration_name(text) for text in plan.calibration["texts"]]
+    return replace(plan, calibration={**plan.calibration, "texts": texts})
 
 
 def hub_id_of(model: str) -> str:
@@ -98,7 +98,8 @@ def render_card(
         source_metadata: front matter of the source's card, for its licence and languages.
         measured: what was measured about the output, by label.
     """
-    hub_id = hub_id_of(plan.model)
+    hub_id, plan = hub_id_of(plan.model), without_places(plan)
+    texts = plan.calibration["texts"] if plan.calibration is not None else ()
     metadata = front_matter(plan.model, source_metadata, ["dslm", "resized"])
     template = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
@@ -106,7 +107,8 @@ def render_card(
     text = (resources.files("dslm.checkpoint") / "card.md.jinja").read_text(encoding="utf-8")
     return template.from_string(text).render(
         name=name,
-        plan=without_places(plan),
+        plan=plan,
+        calibrated_on=["text that the model wrote itself" if text == SELF else text for text in texts],
         link=f"https://huggingface.co/{hub_id}" if hub_id else "",
         before=counts[0],
         after=counts[1],

@@ -29,6 +29,7 @@ from dslm.cli.sizes import (
 from dslm.errors import RecipeError
 from dslm.load import DEVICES
 from dslm.plan import SHRINK_METHODS, SHRUNK, Plan, check_plan, plan_shrink
+from dslm.plan_shrink import SELF
 from dslm.report.shapes import SHAPE_HEADER, shape_facts, shape_rows
 from dslm.report.shrunk import perplexity_rows, shrunk_facts, worst_blocks
 from dslm.report.tables import columns_table
@@ -72,8 +73,11 @@ _SHOWN = 8  # shapes of a search
 )
 @click.option(
     "--calibration",
+    multiple=True,
+    default=(SELF,),
+    show_default=True,
     metavar="TEXT",
-    help="Text or JSON-lines file, or data set on the hub. [default: the model writes its own]",
+    help="Text or JSON-lines file, or data set on the hub; self: the model writes it. Repeat it to mix several.",
 )
 @click.option(
     "--samples",
@@ -182,7 +186,7 @@ def _plan(source: Checkpoint, options: dict[str, Any], shapes: list[Scored]) -> 
         source.config,
         target.replace(tied=False) if options["untie"] else target,
         method=options["method"],
-        text=options["calibration"],
+        texts=options["calibration"],
         samples=options["samples"],
         length=options["sequence_length"],
         refine=options["refine"],

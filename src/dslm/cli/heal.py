@@ -10,7 +10,7 @@ import click
 from dslm.cli.common import progress_bar, remark
 from dslm.errors import RecipeError
 from dslm.plan import Plan
-from dslm.plan_shrink import names_data_set
+from dslm.plan_shrink import SELF, names_data_set
 from dslm.targets import parse_count
 from dslm.train.settings import Training
 
@@ -51,10 +51,10 @@ def healing_text(data: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     Raises:
         RecipeError: there is none.
     """
-    calibration = (plan.calibration or {}).get("text")
-    if not data and calibration is None:
+    data = data or tuple(text for text in (plan.calibration or {}).get("texts", ()) if text != SELF)
+    if not data:
         raise RecipeError("there is no text to heal on", "name some with --data or --calibration")
-    return data or (str(calibration),)
+    return data
 
 
 def _training(tokens: str, data: tuple[str, ...], **options: Any) -> Training:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -61,8 +61,9 @@ _MEASURING = ("samples", "sequence_length", "build")
 )
 @click.option(
     "--calibration",
+    multiple=True,
     metavar="TEXT",
-    help="Rank smaller shapes by what cutting costs on a text: a text or JSON-lines file, or data set on the hub.",
+    help="Rank smaller shapes by what cutting costs on a text: as of dslm down.",
 )
 @click.option(
     "--samples",
@@ -88,7 +89,7 @@ def command(
     untie: bool,
     method: str | None,
     yaml_file: Path | None,
-    calibration: str | None,
+    calibration: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     **measuring: int,
@@ -103,20 +104,20 @@ def command(
     few windows and measured, and a picture shows size against loss. What was measured is kept for the next size.
     """
     _refuse_unused(click.get_current_context(), calibration)
-    source = open_model(model, weights=calibration is not None, quiet=quiet)
+    source = open_model(model, weights=bool(calibration), quiet=quiet)
     wanted = parse_count(params)
     now = count_parameters(source.family, source.config)["total"]
     shrinks = wanted < now
     method = _method(method, shrinks)
-    text: dict[str, str | int] = {}
-    if calibration is not None:
+    text: dict[str, Any] = {}
+    if calibration:
         if not shrinks:
             raise RecipeError(
                 f"--calibration ranks smaller shapes, and {wanted:,} is not below {now:,}", "leave it out"
             )
         measured = _measure(source, wanted, calibration, measuring, untie=untie, method=method, quiet=quiet)
         best = measured.shapes[0].sizes
-        text = {"text": calibration, "length": measuring["sequence_length"]}
+        text = {"texts": calibration, "length": measuring["sequence_length"]}
         show = partial(_report_measured, source, measured, count, as_json=as_json)
     else:
         if shrinks:
@@ -160,7 +161,7 @@ class _Measured:
 def _measure(
     source: Checkpoint,
     wanted: int,
-    text: str,
+    texts: tuple[str, ...],
     measuring: Mapping[str, int],
     *,
     untie: bool,
@@ -177,7 +178,7 @@ def _measure(
     shrink_candidates(source.family, source.config, wanted, untie=untie)  # refuses what cannot be, at once
     with progress_bar(quiet=quiet) as progress:
         samples, length = measuring["samples"], measuring["sequence_length"]
-        windows = read_windows(source, text, samples=samples, length=length, progress=progress)
+        windows = read_windows(source, texts, samples=samples, length=length, progress=progress)
         known = captured(weights, windows, progress=progress)
         shapes = search(
             weights,
@@ -222,7 +223,7 @@ def _report_measured(source: Checkpoint, found: _Measured, count: int, *, as_jso
     out.print("\n".join(size_picture(found.picture)))
 
 
-def _refuse_unused(context: click.Context, calibration: str | None) -> None:
+def _refuse_unused(context: click.Context, calibration: tuple[str, ...]) -> None:
     """Options of a measurement say nothing without a text.
 
     Raises:
@@ -230,7 +231,7 @@ def _refuse_unused(context: click.Context, calibration: str | None) -> None:
     """
     for name in _MEASURING:
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if given and calibration is None:
+        if given and not calibration:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --calibration TEXT")
 
 
@@ -243,9 +244,7 @@ def _method(method: str | None, shrinks: bool) -> str:
     return method or known[0]
 
 
-def _write_plan(
-    path: Path, source: Checkpoint, sizes: Sizes, method: str, text: Mapping[str, str | int]
-) -> None:
+def _write_plan(path: Path, source: Checkpoint, sizes: Sizes, method: str, text: Mapping[str, Any]) -> None:
     make: Callable[..., Plan] = plan_shrink if method in SHRINK_METHODS else plan_growth
     plan = make(source.name, source.family, source.config, sizes, method=method, **text)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import CheckpointError, RecipeError
 from dslm.load import check_token_ids, has_tokenizer, load_model, load_tokenizer
+from dslm.plan_shrink import SELF, check_texts
 from dslm.progress import Progress
 from dslm.texts import CHARACTERS, file_documents, read_documents
 
@@ -51,7 +52,7 @@ class Calibration:
 
 def calibration(
     checkpoint: Checkpoint,
-    source: str | None,
+    texts: Sequence[str],
     *,
     samples: int,
     length: int,
@@ -59,39 +60,43 @@ def calibration(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Calibration:
-    """Windows of calibration tokens; the same for the same seed.
+    """Windows of calibration tokens, of several texts by turns; the same for the same seed.
 
-    Windows come from as many places of as many documents as there are, in an order drawn from the seed; what is
-    shorter than a window is packed with the end token between. The held-out windows are of other documents than
-    the rest where there are enough documents; otherwise they are the last windows.
+    Of a text that is given, windows come from as many places of as many documents as there are, in an order drawn from
+    the seed; what is shorter than a window is packed with the end token between. The held-out windows are of other
+    documents than the rest where there are enough documents; otherwise they are the last windows.
 
     Args:
         checkpoint: the model, opened with its weights.
-        source: a text file (documents start at lines like `` = Title = ``), a JSON-lines file with ``text`` or
-            ``messages``, or the id of a hub data set (the head of its split ``train``); None: the model
-            writes the text itself, at temperature 1 (Williams et al. 2024, https://arxiv.org/abs/2410.17170).
-        samples: windows in all, held-out ones included; fewer where the text is short.
+        texts: each a text file (documents start at lines like `` = Title = ``), a JSON-lines file with ``text`` or
+            ``messages``, the id of a hub data set (the head of its split ``train``), or ``self``: the model writes
+            the text, at temperature 1 (Williams et al. 2024, https://arxiv.org/abs/2410.17170).
+        samples: windows in all, held-out ones included, of each text an equal share; fewer where a text is short.
         length: tokens in a window, cut to the model's positions.
         seed: of the order of documents and of what the model writes.
-        device: where the model runs if it writes the text; one of `dslm.load.DEVICES`.
+        device: where the model runs if it writes a text; one of `dslm.load.DEVICES`.
         progress: called with a label, what is done and what there is in all: characters read, tokens written.
 
     Raises:
-        RecipeError: the sizes are too small, or the text is missing, unreadable or too short.
-        CheckpointError: the model has no tokenizer to read the text, not one that fits, or cannot be run.
+        RecipeError: the sizes are too small, or a text is missing, unreadable, too short or named twice.
+        CheckpointError: the model has no tokenizer to read a text, not one that fits, or cannot be run.
         MissingExtraError: a hub data set needs a package that is not installed.
     """
-    if samples < 2:
-        raise RecipeError(f"samples is {samples}", "at least 2: one window to fit on and one to check")
+    check_texts(texts, samples)
     length = _window_length(checkpoint, length)
-    if source is None:
-        written = _self_written(checkpoint, samples, length, seed, device, progress)
-        return Calibration(*_cut(written), "text that the model wrote itself")
-    reader = _reader(checkpoint, length)
-    documents, origin = read_documents(source, CHARACTERS * samples * length, progress)
-    draw = random.Random(seed)
-    draw.shuffle(documents)
-    return Calibration(*_split(reader, documents, samples, origin, draw), origin)
+    found = []
+    for number, text in enumerate(texts):
+        share = samples // len(texts) + (number < samples % len(texts))
+        if text == SELF:
+            written = _self_written(checkpoint, share, length, seed, device, progress)
+            found.append(Calibration(*_cut(written), "text that the model wrote itself"))
+        else:
+            found.append(_given(checkpoint, text, share, length, seed, progress))
+    return Calibration(
+        _by_turns([one.train for one in found]),
+        _by_turns([one.held_out for one in found]),
+        " and ".join(one.origin for one in found),
+    )
 
 
 def check_windows(checkpoint: Checkpoint, path: Path, *, length: int, limit: int) -> Tensor:
@@ -118,6 +123,22 @@ def check_windows(checkpoint: Checkpoint, path: Path, *, length: int, limit: int
     if len(windows) < 1:
         raise _too_short(reader, documents, f"the file {path}", 1)
     return windows
+
+
+def _given(
+    checkpoint: Checkpoint, text: str, samples: int, length: int, seed: int, progress: Progress | None
+) -> Calibration:
+    """Windows of a text that is there."""
+    reader = _reader(checkpoint, length)
+    documents, origin = read_documents(text, CHARACTERS * samples * length, progress)
+    draw = random.Random(seed)
+    draw.shuffle(documents)
+    return Calibration(*_split(reader, documents, samples, origin, draw), origin)
+
+
+def _by_turns(parts: list[Tensor]) -> Tensor:
+    """The windows of some texts, of each text one before any gives a second."""
+    return torch.stack([window for turn in zip_longest(*parts) for window in turn if window is not None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +206,7 @@ def _reader(checkpoint: Checkpoint, length: int) -> _Reader:
     if not has_tokenizer(checkpoint):
         raise CheckpointError(
             f"{checkpoint.name} has no tokenizer to read a calibration text with",
-            "name no text, and the model writes its own; or copy the files of the tokenizer into its folder",
+            "calibrate on self, which the model writes; or copy the files of the tokenizer into its folder",
         )
     tokenizer = load_tokenizer(checkpoint)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -171,7 +171,7 @@ def _smaller(
     asked = plan.calibration
     text = calibration(
         source,
-        asked["text"],
+        asked["texts"],
         samples=asked["samples"],
         length=asked["length"],
         seed=plan.seed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class Scored:
 
 def read_windows(
     source: Checkpoint,
-    text: str | None,
+    texts: Sequence[str],
     *,
     samples: int,
     length: int,
@@ -66,10 +67,10 @@ def read_windows(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Windows:
-    """The few windows of a calibration text that a search needs; arguments as of `calibration`."""
+    """The few windows of calibration texts that a search needs; arguments as of `calibration`."""
     samples = min(samples, _ENOUGH)
     found = calibration(
-        source, text, samples=samples, length=length, seed=seed, device=device, progress=progress
+        source, texts, samples=samples, length=length, seed=seed, device=device, progress=progress
     )
     return Windows(found.train[:FIT], found.held_out[:HELD_OUT], {})
 

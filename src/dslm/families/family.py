@@ -107,6 +107,10 @@ class Family:
         """Whether a block that adds nothing to the stream leaves it as it is: no norm runs over the stream itself."""
         return self.holds(self.stream_kept, config)
 
+    def writers_add(self, config: Config) -> bool:
+        """Whether a block's output is its input plus what its writers give: no norm stands between, or behind them."""
+        return not self.branch_norms and self.keeps_stream(config)
+
     def is_final_norm(self, name: str) -> bool:
         """Whether a tensor on disk belongs to the norm before the head."""
         return bool(self.final_norm) and name.startswith(f"{self.final_norm}.")

@@ -52,7 +52,7 @@ def likely_layers(
     judged = max(2, ids_BT.shape[1] // 4)
     some_BT = ids_BT[: max(1, _JUDGED // judged)]
     windows = some_BT[:, :judged], some_BT[:, judged : judged + _FITTED]
-    bridge = bridge and _aims_at_stream(walk, windows[0][:1])
+    bridge = bridge and walk.weights.family.writers_add(walk.weights.config)
     choices = [frozenset[int]()]
     rounds = min(_ROUNDS, ceil(out / _RUN))
     for number in range(rounds):
@@ -66,12 +66,6 @@ def likely_layers(
             losses = removal_losses(walk, windows[0], choices, progress)
         choices = [choices[i] for i in sorted(range(len(choices)), key=losses.__getitem__)]
     return [tuple(layer for layer in range(layers) if layer not in gone) for gone in choices]
-
-
-def _aims_at_stream(walk: Walk, ids_BT: Tensor) -> bool:
-    stream_BTD = walk.embed(ids_BT)
-    with walk.block(0):
-        return anatomy(walk, 0, stream_BTD).adds
 
 
 def bridged_losses(

@@ -139,11 +139,10 @@ def rebuild(
     base = Folded(source, target, layers, folds, stream)
     teacher, student = Walk(source, device), Walk(base, device)
     tokens = windows.all
-    embedded = teacher.embed(tokens)
     streams = Streams(
-        teacher=_stored(embedded, folder, "teacher"),
+        teacher=_embedded(teacher, tokens, folder, "teacher"),
         ahead=empty_stream(len(tokens), tokens.shape[1], before.hidden_size, folder, "ahead"),
-        student=_stored(student.embed(tokens), folder, "student"),
+        student=_embedded(student, tokens, folder, "student"),
         fit=len(windows.fit),
         held_out=len(windows.held_out),
     )
@@ -174,10 +173,11 @@ def rebuild(
     return Rebuilt(base, run.files, _losses(run, windows), tuple(rebuilder.errors))
 
 
-def _stored(stream: Tensor, folder: Path, name: str) -> Tensor:
-    windows, length, width = stream.shape
-    room = empty_stream(windows, length, width, folder, name)
-    return room.copy_(stream)
+def _embedded(walk: Walk, ids_BT: Tensor, folder: Path, name: str) -> Tensor:
+    """What the first block gets for some windows, where streams lie."""
+    windows, length = ids_BT.shape
+    width = Sizes.from_config(walk.weights.family, walk.weights.config).hidden_size
+    return walk.embed(ids_BT, empty_stream(windows, length, width, folder, name))
 
 
 def _losses(run: _Run, windows: Windows) -> dict[str, tuple[float, float]]:

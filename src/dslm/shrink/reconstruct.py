@@ -201,7 +201,8 @@ class Rebuilder:
         """What the student's writer reads, and what it should write, for some windows."""
         position = shape.writers.index(name)
         is_last = position == len(shape.writers) - 1
-        aims_at_stream = shape.adds and self.recipe.drift
+        weights = self.teacher.weights
+        aims_at_stream = weights.family.writers_add(weights.config) and self.recipe.drift
         before = [_moved(n, origin, layer) for n in shape.writers[:position]] if aims_at_stream else []
         own = _moved(name, origin, layer)
         hidden = streams.student[windows].to(self.student.device)

@@ -51,13 +51,10 @@ class Anatomy:
     Attributes:
         stages: its linear modules in running order.
         attention: what can be skipped once what its last matrix reads is known; None if the block has no such part.
-        adds: whether the block's output is its input plus what its writers give. Where a norm follows the writers
-            (OLMo-2, Gemma 2 and 3) it is not.
     """
 
     stages: tuple[Stage, ...]
     attention: Attention | None
-    adds: bool
 
     @property
     def writers(self) -> list[str]:
@@ -67,13 +64,16 @@ class Anatomy:
 
 def anatomy(walk: Walk, layer: int, hidden_BTD: Tensor) -> Anatomy:
     """Run a loaded block once and see how it is built."""
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    seen: list[tuple[str, Tensor]] = []
+    heads: dict[str, Tensor] = {}
     linears = walk.linears(layer)
     handles = []
     for module, name in linears.items():
 
         def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = name) -> None:
-            seen.append((name, args[0], out))
+            seen.append((name, args[0]))
+            if reads_heads(walk, name):
+                heads[name] = out
 
         handles.append(module.register_forward_hook(hook))
     given: dict[str, Any] = {}
@@ -84,26 +84,19 @@ def anatomy(walk: Walk, layer: int, hidden_BTD: Tensor) -> Anatomy:
 
         handles.append(module.register_forward_hook(keep))
     try:
-        out_BTD = walk.run(layer, hidden_BTD)
+        walk.run(layer, hidden_BTD)
     finally:
         for handle in handles:
             handle.remove()
     stages: list[Stage] = []
     last: Tensor | None = None
-    for name, x, _ in seen:
+    for name, x in seen:
         if x is last:
             stages[-1] = Stage((*stages[-1].names, name), stages[-1].writes)
         else:
             stages.append(Stage((name,), writes_stream(walk, name)))
         last = x
-    written = hidden_BTD.clone()
-    for name, _, y in seen:
-        if writes_stream(walk, name):
-            written += y.view_as(written)
-    scale = out_BTD.abs().max().clamp_min(1e-30)
-    heads = {name: y for name, _, y in seen if reads_heads(walk, name)}
-    attention = _attention(walk, layer, heads, given)
-    return Anatomy(tuple(stages), attention, bool((written - out_BTD).abs().max() < 1e-4 * scale))
+    return Anatomy(tuple(stages), _attention(walk, layer, heads, given))
 
 
 def _attention(

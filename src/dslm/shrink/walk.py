@@ -85,13 +85,23 @@ class Walk:
         _fill_buffers(self.model, self.device)
         self._arguments: dict[int, list[Arguments]] = {}
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """What the first block gets for some windows, ``[B, T, D]`` in float32."""
+    def embed(self, ids_BT: Tensor, into: Tensor | None = None) -> Tensor:
+        """What the first block gets for some windows, ``[B, T, D]`` in float32.
+
+        Args:
+            ids_BT: the windows.
+            into: where it goes; None for a new tensor where the model runs.
+        """
         with self._loaded(self._outside(head=False)):
             if ids_BT.shape[1] not in self._arguments:
                 self._record(ids_BT[:1])
-            pieces = [self._first(ids_BT[i : i + _WINDOWS]) for i in range(0, len(ids_BT), _WINDOWS)]
-        return torch.cat(pieces)
+            for i in range(0, len(ids_BT), _WINDOWS):
+                piece = self._first(ids_BT[i : i + _WINDOWS])
+                if into is None:
+                    into = piece.new_empty(len(ids_BT), *piece.shape[1:])
+                into[i : i + _WINDOWS] = piece
+        assert into is not None, "there is a window"
+        return into
 
     def _first(self, ids_BT: Tensor) -> Tensor:
         seen: list[Tensor] = []

@@ -62,3 +62,18 @@ def test_a_grown_model_shrinks_back_without_loss_and_without_calibration(call, s
             for name in ("tiny", "back")
         )
     assert float((before - after).abs().max() / before.abs().max()) < 1e-4
+
+
+def test_two_tables_of_one_cost_nothing(call, source, tmp_path):
+    assert call("-edm", 2, "-upm", 2, "-o", "big", command="up")[0] == 0
+    assert run(["down", "big", "--like", str(source), "--untie", "-o", "back", "--json", "-q"]) == 0
+    record = json.loads((tmp_path / "back" / "dslm.json").read_text())
+    assert "tokens fitted on" not in record["measured"]
+    with torch.no_grad():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name)(pico.tokens()).logits
+            for name in ("tiny", "back")
+        )
+    assert float((before - after).abs().max() / before.abs().max()) < 1e-4
+    tensors = load_file(tmp_path / "back" / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])

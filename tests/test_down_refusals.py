@@ -10,6 +10,7 @@ import torch
 
 import asking
 import dslm.shrink.approximate
+import dslm.shrink.calibrate
 import pico
 from asking import FITTED, one_line
 from dslm.checkpoint.reader import open_folder
@@ -114,6 +115,22 @@ def test_a_text_that_cannot_be_used_is_one_line_and_leaves_nothing(
     assert (code, out) == (1, "")
     assert re.search(named, one_line(err)), err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--check", "absent.txt"], "there is no file absent.txt"),
+        (["--calibration", "self", "--calibration", "absent.txt"], "there is no file absent.txt"),
+        (["--search", "2", "--heal-tokens", "1k"], "there is no text to heal on"),
+        (["--search", "2", "--seed", "-1"], "seed -1 is negative"),
+    ],
+)
+def test_what_cannot_be_is_seen_before_the_model_writes(call, monkeypatch, options, named):
+    monkeypatch.setattr(dslm.shrink.calibrate, "_self_written", None)
+    code, _, err = call("--params", "21k", "-o", "out", *FITTED, "-q", *options)
+    assert code == 1
+    assert named in one_line(err)
 
 
 @pytest.mark.parametrize(

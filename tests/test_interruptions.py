@@ -146,7 +146,11 @@ def test_a_result_that_fails_its_check_never_appears(error, source, tmp_path):
         grow(source, out, check=check, overwrite=True)
 
 
-def test_ctrl_c_leaves_nothing_and_says_so_in_one_line(source, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "dslm: interrupted; no unfinished output is left"), (signal.SIGTERM, 143, "")],
+)
+def test_what_ends_it_leaves_nothing_and_says_so_in_one_line(number, code, said, source, tmp_path):
     out = tmp_path / "out"
     command = [
         sys.executable,
@@ -168,9 +172,9 @@ def test_ctrl_c_leaves_nothing_and_says_so_in_one_line(source, tmp_path):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline, "it never began to write"
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         printed, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130, complaint
+    assert process.returncode == code, complaint
     assert printed == ""
-    assert complaint.strip() == "dslm: interrupted; no unfinished output is left"  # after the line of the ^C
+    assert complaint.strip() == said  # after the line of the ^C
     assert snapshot(tmp_path) == before

@@ -138,12 +138,14 @@ def test_a_picture_of_losses_beyond_numbers_has_bars():
 @pytest.mark.parametrize(("asked", "steps"), [((), 300), (("--refine", 0), 0), (("--refine", 9), 300)])
 def test_shapes_are_compared_as_they_will_be_built(call, monkeypatch, asked, steps):
     """At the closed form if that is what is asked for; no search waits for steps on every block."""
-    recipes = []
+    recipes, folders = [], []
 
-    def note(*arguments, recipe, **options):
+    def note(*arguments, recipe, folder, **options):
         recipes.append((recipe.gap_steps, recipe.last_steps, recipe.refine))
+        folders.append(folder)
         raise SizeError("enough", "that is all")
 
     monkeypatch.setattr(search, "search", note)
-    assert call("down", "tiny", "-o", "out", "--params", "21k", "--search", 1, *asked, *MEASURED)[0] == 1
+    assert call("down", "tiny", "-o", "new/out", "--params", "21k", "--search", 1, *asked, *MEASURED)[0] == 1
     assert recipes == [(steps, steps, 0)]
+    assert folders == [Path.cwd()], "on the disk of the output"

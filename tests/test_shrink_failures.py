@@ -146,6 +146,17 @@ def test_a_model_that_writes_no_numbers_cannot_calibrate_itself(tmp_path, capsys
         assert "logits are not numbers" in refused(capsys, source, tmp_path / "out")
 
 
+def test_a_number_too_large_for_the_dtype_is_named(out, tmp_path, capsys, monkeypatch):
+    """A refitted column can leave the range of float16, which the model to shrink was in."""
+    source = pico.save(pico.make_model("llama", "mha").half(), tmp_path / "source")
+    read = rebuild.Rebuilt.read
+    grown = {"model.norm.weight": 1e5}
+    monkeypatch.setattr(rebuild.Rebuilt, "read", lambda found, name: read(found, name) * grown.get(name, 1))
+    with nothing_happens(tmp_path):
+        line = refused(capsys, source, out, "--refine", "0", *(["--overwrite"] if out.exists() else []))
+    assert "'model.norm.weight' has numbers too large for F16, the dtype of the source" in line
+
+
 # ---------------------------------------------------------------- Ctrl-C
 
 LABELS = [

@@ -140,11 +140,13 @@ def command(
         )
     check_healing(heal_tokens, data, output, overwrite=overwrite)
     source = open_model(model, weights=not dry_run or options["search"] > 0, quiet=quiet)
+    plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, options, [])
+    healing = healing_text(data, plan) if heal_tokens is not None else ()
     shapes: list[Scored] = []
     if options["search"]:
         check_search(source, options, None if dry_run else output, overwrite=overwrite)
-        shapes = search_shapes(source, options, device, quiet=quiet)
-    plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, options, shapes)
+        shapes = search_shapes(source, options, device, output or Path("out"), quiet=quiet)
+        plan = _plan(source, options, shapes)
     if not plan.shrinks:
         raise RecipeError(f"{plan_file} is a plan to grow", "give it to dslm up")
     plan = replace(plan, model=recorded_name(model, source))
@@ -153,7 +155,6 @@ def command(
         raise RecipeError(
             "nothing to shrink: the target is the source", "give -edd, -upd, a size, --params or --keep-ratio"
         )
-    healing = healing_text(data, plan) if heal_tokens is not None else ()
     facts = change_facts(source, plan) | {"seed": plan.seed, "calibration": plan.calibration}
     if shapes:
         facts["shapes"] = [shape_facts(shape) for shape in shapes]

@@ -72,8 +72,14 @@ def check_search(
         check_place(source, tensors, output, overwrite=overwrite)
 
 
-def search_shapes(source: Checkpoint, options: dict[str, Any], device: str, *, quiet: bool) -> list[Scored]:
-    """Shapes near the number of parameters that was asked for, the best of those that were built first."""
+def search_shapes(
+    source: Checkpoint, options: dict[str, Any], device: str, output: Path, *, quiet: bool
+) -> list[Scored]:
+    """Shapes near the number of parameters that was asked for, the best of those that were built first.
+
+    They are built beside the output.
+    """
+    from dslm.output import folder_above
     from dslm.shrink.recipe import Recipe
     from dslm.shrink.search import read_windows, search
     from dslm.shrink.weights import Stored
@@ -99,5 +105,6 @@ def search_shapes(source: Checkpoint, options: dict[str, Any], device: str, *, q
             untie=options["untie"],
             recipe=Recipe.with_steps(steps, solve=options["method"] != "slice"),
             device=device,
+            folder=folder_above(output),
             progress=progress,
         )

@@ -1,4 +1,4 @@
-"""Ctrl-C that is never lost.
+"""Ctrl-C that is never lost, and an end that is asked for otherwise which leaves nothing behind either.
 
 Python drops a KeyboardInterrupt that is raised inside a callback of its own, as in the middle of an import. So the
 signal is also remembered, and whoever reports progress asks.
@@ -26,10 +26,15 @@ _memory = _Memory()
 
 
 def listen() -> None:
-    """Remember Ctrl-C from now on; only the main thread may ask for signals."""
+    """Remember Ctrl-C from now on, and end in order when told to; only the main thread may ask for signals."""
     _memory.asked = _memory.held = False
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _remember)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGINT, _remember)
+    for name in ("SIGTERM", "SIGHUP"):  # of kill and timeout, and of a terminal that closes
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # under nohup it is ignored
+            signal.signal(number, _end)
 
 
 def check() -> None:
@@ -61,6 +66,10 @@ def held() -> Iterator[Callable[[], bool]]:
     finally:
         _memory.held = False
         clear()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

@@ -84,18 +84,19 @@ def calibration(
     """
     check_texts(texts, samples)
     length = _window_length(checkpoint, length)
-    found = []
-    for number, text in enumerate(texts):
-        share = samples // len(texts) + (number < samples % len(texts))
-        if text == SELF:
-            written = _self_written(checkpoint, share, length, seed, device, progress)
-            found.append(Calibration(*_cut(written), "text that the model wrote itself"))
-        else:
-            found.append(_given(checkpoint, text, share, length, seed, progress))
+    shares = {text: samples // len(texts) + (i < samples % len(texts)) for i, text in enumerate(texts)}
+    found = {
+        text: _given(checkpoint, text, share, length, seed, progress)
+        for text, share in shares.items()
+        if text != SELF
+    }
+    if SELF in shares:  # it takes longest, and the others may turn out to be of no use
+        written = _self_written(checkpoint, shares[SELF], length, seed, device, progress)
+        found[SELF] = Calibration(*_cut(written), "text that the model wrote itself")
     return Calibration(
-        _by_turns([one.train for one in found]),
-        _by_turns([one.held_out for one in found]),
-        " and ".join(one.origin for one in found),
+        _by_turns([found[text].train for text in texts]),
+        _by_turns([found[text].held_out for text in texts]),
+        " and ".join(found[text].origin for text in texts),
     )
 
 

@@ -14,8 +14,9 @@ import torch
 from dslm.checkpoint.config import with_dtype
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned
+from dslm.errors import VerificationError
 from dslm.families import Tensor
-from dslm.output import check_place, planned, write_output
+from dslm.output import check_place, folder_above, planned, write_output
 from dslm.plan import Plan, check_plan
 from dslm.plan_shrink import check_groups
 from dslm.progress import Progress
@@ -101,17 +102,21 @@ def shrink_checkpoint(
     Raises:
         SizeError, RecipeError: the sizes cannot be reached, or the calibration text cannot be used.
         CheckpointError: the output place is not usable, or the source is broken.
-        VerificationError: activations are not finite.
+        VerificationError: activations are not finite, or a number is too large for the output's dtype.
         OutOfMemoryError: the memory was not enough.
     """
     begin = time.monotonic()
     check_plan(plan, source.family, source.config)
     final = plan.target.into_config(source.family, source.config)
     check_place(source, planned(source, final, plan.dtype), out, overwrite=overwrite)
+    checks = {}
+    if check is not None:
+        assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
+        length = plan.calibration["length"]
+        checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     reduced = exact_stage(Stored(source), plan.target, progress=progress)
-    beside = next(parent for parent in out.resolve().parents if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=beside) as scratch:
-        smaller = _smaller(source, reduced.weights, plan, check, Path(scratch), device, progress)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=folder_above(out)) as scratch:
+        smaller = _smaller(source, reduced.weights, plan, checks, Path(scratch), device, progress)
         layers = smaller.layers
         if isinstance(reduced.weights, Folded):
             layers = tuple(reduced.weights.layers[number] for number in layers)
@@ -120,6 +125,11 @@ def shrink_checkpoint(
 
         def rows(tensor: Tensor, target: Planned) -> Iterator[torch.Tensor]:
             whole = smaller.weights.read(tensor.name).to(torch_dtype(target.dtype))
+            if not torch.isfinite(whole).all():
+                raise VerificationError(
+                    f"{tensor.name!r} has numbers too large for {target.dtype}, the dtype of the source",
+                    "convert the source to bfloat16 or float32 first",
+                )
             step = max(1, _CHUNK_BYTES * len(whole) // max(1, target.nbytes))
             return (whole[i : i + step] for i in range(0, len(whole), step))
 
@@ -155,7 +165,7 @@ def _smaller(
     source: Checkpoint,
     weights: Weights,
     plan: Plan,
-    check: Path | None,
+    checks: Mapping[str, torch.Tensor],
     folder: Path,
     device: str,
     progress: Progress | None,
@@ -166,6 +176,8 @@ def _smaller(
     everything = tuple(range(before.num_hidden_layers))
     if before == target:
         return _Smaller(weights, everything)
+    if before.replace(tied=False) == target:  # a second table that is the first costs nothing
+        return _Smaller(Folded(weights, target, everything, {}), everything)
     check_groups(before, target, weights.family, weights.config)
     assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
     asked = plan.calibration
@@ -178,9 +190,6 @@ def _smaller(
         device=device,
         progress=progress,
     )
-    length, checks = text.train.shape[1], {}
-    if check is not None:
-        checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     windows = Windows(text.train, text.held_out, checks)
     recipe = Recipe.with_steps(asked["refine"], solve="slice" not in plan.methods.values())
     found = approximate(weights, target, windows, folder, recipe=recipe, device=device, progress=progress)

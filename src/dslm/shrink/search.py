@@ -85,6 +85,7 @@ def search(
     untie: bool = False,
     recipe: Recipe | None = None,
     device: str = "auto",
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Scored]:
     """Legal shapes near a number of parameters, best first: those that were built by what was measured, then the rest.
@@ -98,6 +99,7 @@ def search(
         untie: the result has two tables.
         recipe: how they are built.
         device: one of `dslm.load.DEVICES`.
+        folder: where blocks that are built lie for the time being, float32; None: where temporary files go.
         progress: called with a label, what is done and what there is in all.
 
     Raises:
@@ -111,7 +113,7 @@ def search(
     for shape in shapes:
         best.setdefault(shape.sizes.replace(intermediate_size=0), shape)
     chosen = list(best.values())[:build]
-    built = [_built(weights, shape, windows, recipe, device, progress) for shape in chosen]
+    built = [_built(weights, shape, windows, recipe, device, folder, progress) for shape in chosen]
     built.sort(key=lambda s: math.inf if s.measured is None or math.isnan(s.measured) else s.measured)
     return built + [shape for shape in shapes if shape not in chosen]
 
@@ -139,7 +141,13 @@ def predict(known: Capture, sizes: Sizes, *, solve: bool = True) -> float:
 
 
 def _built(
-    weights: Stored, shape: Scored, windows: Windows, recipe: Recipe, device: str, progress: Progress | None
+    weights: Stored,
+    shape: Scored,
+    windows: Windows,
+    recipe: Recipe,
+    device: str,
+    folder: Path | None,
+    progress: Progress | None,
 ) -> Scored:
     """Build a shape as ``down`` does, on few windows, and measure its loss."""
     reduced, target = exact_stage(weights, shape.sizes, progress=progress).weights, shape.sizes
@@ -150,8 +158,8 @@ def _built(
         return replace(shape, measured=loss, layers=tuple(range(before.num_hidden_layers)))
     check_groups(before, target, reduced.family, reduced.config)
     windows = Windows(windows.fit[:FIT], windows.held_out[:HELD_OUT], {})
-    with tempfile.TemporaryDirectory(prefix="dslm-") as folder:
+    with tempfile.TemporaryDirectory(prefix=".dslm.", dir=folder) as room:
         found = approximate(
-            reduced, target, windows, Path(folder), recipe=recipe, device=device, progress=progress
+            reduced, target, windows, Path(room), recipe=recipe, device=device, progress=progress
         )
     return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)

@@ -126,6 +126,8 @@ def test_a_known_failure_is_one_line_and_1(call, tmp_path):
         (OSError(28, "No space left on device", "/x"), 1, "dslm: error: No space left on device: /x"),
         (PermissionError(13, "Permission denied", "/x"), 1, "dslm: error: Permission denied: /x"),
         (ValueError("odd"), 1, "dslm: error: unexpected ValueError: odd; set DSLM_DEBUG=1"),
+        (MemoryError(), 1, "dslm: error: the memory is not enough; take a machine with more of it"),
+        (RuntimeError("CUDA out of memory."), 1, "dslm: error: the memory is not enough; take a machine"),
         (KeyboardInterrupt(), 130, "dslm: interrupted; no unfinished output is left"),
     ],
 )

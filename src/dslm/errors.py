@@ -55,9 +55,16 @@ class OutOfMemoryError(DslmError):
     """The memory of the machine, or of its GPU, was not enough."""
 
 
+def tells_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory is not enough, which torch tells in several ways."""
+    words = str(error).lower()
+    told = isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate" in words)
+    return told or isinstance(error, MemoryError)
+
+
 @contextmanager
 def enough_memory(message: str, hint: str) -> Iterator[None]:
-    """Turn a lack of memory, which torch tells in several ways, into a line that says what to lower.
+    """Turn a lack of memory into a line that says what to lower.
 
     Args:
         message: for what it was not enough.
@@ -69,8 +76,6 @@ def enough_memory(message: str, hint: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = str(error).lower()
-        told = "out of memory" in words or "can't allocate" in words
-        if not (told or isinstance(error, MemoryError)):
+        if not tells_of_memory(error):
             raise
         raise OutOfMemoryError(f"the memory is not enough {message}", hint) from error

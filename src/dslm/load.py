@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dslm.errors import CheckpointError, DslmError, MissingExtraError
+from dslm.errors import CheckpointError, DslmError, MissingExtraError, enough_memory
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ def load_model(
         CheckpointError: transformers cannot load it, or the adapter is for another model.
         MissingExtraError: the adapter needs a package that is not installed.
         DslmError: there is no such device.
+        OutOfMemoryError: the memory is not enough for it.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -72,15 +73,18 @@ def load_model(
     folder, target = _folder(checkpoint), pick_device(device)
     numbers = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=numbers,
-            attn_implementation=attention,
-            quantization_config=quantization,
-            device_map=None if quantization is None else {"": target},
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with enough_memory(
+            f"to load {checkpoint.name}", "take a machine with more of it, or a smaller model"
+        ):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=numbers,
+                attn_implementation=attention,
+                quantization_config=quantization,
+                device_map=None if quantization is None else {"": target},
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {first_line(error)}") from error
     if checkpoint.adapter is not None:

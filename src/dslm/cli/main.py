@@ -16,7 +16,7 @@ from difflib import get_close_matches
 import click
 
 from dslm.cli import interrupt
-from dslm.errors import DslmError
+from dslm.errors import DslmError, tells_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "desc": ("dslm.cli.desc", "Describe a model: sizes, exact parameters, bytes."),
@@ -146,6 +146,8 @@ def _explain(error: Exception) -> int:
         where = f": {error.filename}" if error.filename else ""
         hint = "; free some space and try again" if error.errno == errno.ENOSPC else ""
         return _fail(f"{error.strerror or type(error).__name__}{where}{hint}")
+    if tells_of_memory(error):
+        return _fail("the memory is not enough; take a machine with more of it, or a smaller model")
     return _fail(f"unexpected {type(error).__name__}: {error}; set DSLM_DEBUG=1 for the traceback")
 
 

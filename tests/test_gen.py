@@ -78,7 +78,7 @@ def test_a_model_that_is_larger_than_memory_is_not_called_broken(call, model, mo
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
-    code, _, err = call("gen", model, "w5")
+    code, _, err = call("gen", model, "-p", "w5", "-q")
     assert (code, "the memory is not enough to load" in one_line(err)) == (1, True)
 
 

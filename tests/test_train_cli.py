@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calling
 import growing
 import pico
 import training
+from calling import one_line
 from dslm.checkpoint.reader import open_folder
 from tokenizing import add_tokenizer
 from training import QUICK, metrics
@@ -46,6 +47,51 @@ def test_full_training_writes_a_plain_checkpoint_that_learned(call, model, data,
     assert "w" in err.splitlines()[1]  # a sample of text
 
 
+@pytest.mark.parametrize(
+    ("options", "steps", "tokens"),
+    [
+        (["--max-steps", 5], 5, 2 * 5 * 16 + 4 * 16),
+        (["--tokens", 13 * 16], 5, 2 * 5 * 16 + 4 * 16),
+        (["--epochs", 2], 4, 2 * 5 * 16),
+    ],
+)
+def test_tokens_are_those_that_were_seen(options, steps, tokens, call, model, tmp_path):
+    """Of five blocks a step of four leaves one for the next step, and an epoch ends there."""
+    words = " ".join(f"w{3 + i % 80}" for i in range(5 * 16 - 1))
+    (tmp_path / "text.txt").write_text(words)
+    (tmp_path / "held.txt").write_text(words)
+    asked = ["--data", tmp_path / "text.txt", "--eval-data", tmp_path / "held.txt", "--block-size", 16]
+    asked += ["--batch-size", 4, "--device", "cpu", *options]
+    code, said, err = call("train", model, "-o", tmp_path / "out", *asked, "--json", "-q")
+    assert code == 0, err
+    found = json.loads(said)
+    assert (found["steps"], found["tokens"]) == (steps, tokens)
+    assert metrics(tmp_path / "out")[-1]["tokens"] == tokens
+
+
+def test_a_padding_token_that_the_table_lacks_is_not_used(call, data, tmp_path):
+    source = pico.save(pico.make_model("llama", "mha"), tmp_path / "tiny")
+    add_tokenizer(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(source)
+    assert tokenizer.pad_token_id == pico.VOCAB
+    turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
+    (tmp_path / "said.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    asked = ["--data", tmp_path / "said.jsonl", *QUICK, "-q"]
+    code, _, err = call("train", source, "-o", tmp_path / "out", *asked)
+    assert code == 0, err
+
+
+def test_what_fsdp_cuts_up_cannot_be_frozen_in_parts(call, model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    asked = ["--data", data, *QUICK, "--freeze-old", "-q"]
+    code, _, err = call("train", model, "-o", tmp_path / "out", *asked)
+    assert (code, "leave out FSDP" in one_line(err)) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_dtype_of_the_source_is_kept(call, data, tmp_path):
     source = pico.save(pico.make_model("llama", "gqa-tied", dtype=torch.bfloat16), tmp_path / "half")
     add_tokenizer(source)
@@ -54,8 +100,15 @@ def test_the_dtype_of_the_source_is_kept(call, data, tmp_path):
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
-def test_lora_writes_an_adapter_that_peft_loads(call, model, data, tmp_path):
+def test_lora_writes_an_adapter_that_peft_loads(call, model, data, tmp_path, monkeypatch):
+    import peft.utils.save_and_load
     from peft import PeftModel
+
+    monkeypatch.setattr(
+        peft.utils.save_and_load,
+        "check_file_exists_on_hf_hub",
+        lambda *asked: pytest.fail(f"asked the hub {asked}"),
+    )
 
     out = tmp_path / "out"
     code, said, err = call("train", model, "-o", out, "--data", data, *QUICK, "--lora", "--lora-r", 4, "-q")

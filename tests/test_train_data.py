@@ -1,5 +1,7 @@
 """Blocks of tokens: what is packed where, what is learned, what is held out."""
 
+import json
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -49,6 +51,18 @@ def test_conversations_stay_whole():
     assert blocks.labels[0].tolist() == [IGNORED, 6, 7, IGNORED]
 
 
+def test_a_block_in_which_nothing_is_learned_is_left_out():
+    """A step of such blocks alone would divide by zero tokens."""
+    asked = Document(np.arange(5, 15, dtype=np.int32), np.arange(10) > 6, whole=True)  # its answer is cut off
+    answered = document(5, 6, 7, whole=True)
+    first = Document(
+        np.array([5, 6], np.int32), np.array([True, False]), whole=True
+    )  # nothing foretells that
+    blocks = pack([asked, answered, asked, first], 4, filler=0, apart=True)
+    assert blocks.ids.tolist() == [[5, 6, 7, 0]]
+    assert len(blocks.labels) == len(blocks.positions) == 1
+
+
 def test_every_token_of_text_is_in_exactly_one_place():
     rng = np.random.default_rng(0)
     ids = np.arange(1, 1001, dtype=np.int32)
@@ -87,6 +101,26 @@ def test_a_refused_conversation_is_named(tokenizer):
         read_tokens(tokenizer, [row], "tiny")
 
 
+def test_a_turn_in_parts_is_read_and_one_that_is_no_text_is_refused(tokenizer, tmp_path):
+    tokenizer.chat_template = TEMPLATE
+    parts = [{"type": "text", "text": "w20 "}, {"type": "text", "text": "w21"}]
+    said = {"role": "assistant", "content": "w30"}
+    rows = [[{"role": "user", "content": parts}, said]]
+    rows += [[{"role": "user", "content": "w5"}, turn, said] for turn in (
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": [{"type": "image"}]},
+    )]  # fmt: skip
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    found, _ = read_rows(str(path), 10**6)
+    (first,) = read_tokens(tokenizer, found[:1], "tiny")
+    assert first.ids.tolist() == [10, 20, 21, 12, 11, 30, 12]
+    assert [row.text for row in found] == ["w20 w21\n\nw30", "w5\n\nw30", "w5\n\nw30"]
+    for row, number in zip(found[1:], (2, 3), strict=True):
+        with pytest.raises(RecipeError, match=f"line {number} of .*d.jsonl has a turn that is not text"):
+            read_tokens(tokenizer, [row], "tiny")
+
+
 def test_conversations_need_a_template(tokenizer):
     with pytest.raises(RecipeError, match="has conversations, and tiny has no chat template"):
         read_tokens(tokenizer, [Row("", ({"role": "user", "content": "w5"},))], "tiny")
@@ -120,6 +154,14 @@ def test_a_folder_is_read_file_by_file(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
     (tmp_path / "a.png").write_bytes(b"\x89\0")
     (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "package.json").write_text('{\n  "name": "x"\n}\n')
+    (tmp_path / "list.json").write_text("[1, 2]\n")
+    (tmp_path / "rows.json").write_text('{"text": "fourth"}\n')
     rows, what = read_rows(str(tmp_path), 100)
-    assert [row.text for row in rows] == ["first", "second", "third"]
+    assert [row.text for row in rows] == ["first", "second", "third", "fourth"]
     assert what == f"the folder {tmp_path}"
+    (tmp_path / "broken.jsonl").write_text('{"text": \n')
+    with pytest.raises(RecipeError, match=r"line 1 of .*broken\.jsonl is not JSON"):
+        read_rows(str(tmp_path), 100)

@@ -1,5 +1,6 @@
 """Runs of ``dslm train`` that are broken off, and runs of several processes."""
 
+import json
 import math
 import os
 import signal
@@ -81,7 +82,7 @@ def test_a_broken_loss_stops_the_run_and_keeps_the_last_checkpoint(call, model, 
     options = [*QUICK, "--lr", 1e30, "--warmup", 0, "--save-every", 1, "--max-grad-norm", 0, "-q"]
     code, _, err = call("train", model, "-o", out, "--data", data, *options)
     assert code == 1
-    assert "the loss is" in one_line(err)
+    assert "the gradient's norm is nan at step 2; the last checkpoint before it is kept" in one_line(err)
     assert "lower --learning-rate" in err
     assert not out.exists()
     kept = list((tmp_path / "out.run").glob("checkpoint-*/model.safetensors"))
@@ -126,3 +127,33 @@ def test_ctrl_c_ends_the_step_and_keeps_the_run(call, model, data, tmp_path, mon
     assert (tmp_path / "out.run" / "checkpoint-5").is_dir()
     monkeypatch.undo()
     assert call("train", model, "-o", out, "--data", data, *QUICK, "--resume", "-q")[0] == 0
+
+
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(call, model, data, tmp_path, monkeypatch):
+    from dslm.train.trainer import GroupTrainer
+
+    step, steps = GroupTrainer.training_step, []
+
+    def pressed(self, *args, **options):
+        steps.append(1)
+        if len(steps) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(GroupTrainer, "training_step", pressed)
+    out = tmp_path / "out"
+    assert call("train", model, "-o", out, "--data", data, *QUICK, "-q")[0] == 130
+    assert (tmp_path / "out.run" / "checkpoint-7").is_dir()
+    assert len(steps) == 7
+
+
+def test_a_run_does_not_go_on_with_another_number_of_processes(call, model, data, tmp_path):
+    run = tmp_path / "out.run"
+    options = ("train", model, "-o", tmp_path / "out", "--data", data, *QUICK, "-q")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dslm.train.run._run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call(*options)[0] == 130
+    asked = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(asked | {"processes": 2}))
+    code, _, err = call(*options, "--resume")
+    assert (code, "processes was 2 and is 1" in err) == (1, True)

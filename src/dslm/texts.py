@@ -32,12 +32,13 @@ class Row:
 
     Attributes:
         text: all that is said in it.
-        messages: its turns with ``role`` and ``content``, where it is a conversation.
+        messages: its turns with ``role`` and ``content``, where it is a conversation; the content of one that is not
+            text is None.
         where: in words, where it was read.
     """
 
     text: str
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     where: str = ""
 
 
@@ -87,23 +88,40 @@ def _folder_rows(folder: Path, progress: Progress | None) -> list[Row]:
     rows: list[Row] = []
     passed = 0
     for number, path in enumerate(paths, start=1):
-        if path.suffix.lower() in ROWS:
-            rows += _file_rows(path)
-        elif (text := _plain_text(path)) is None:
+        found = _rows_below(path)
+        if found is None:
             passed += 1
-        elif text.strip():
-            rows += [Row(document, where=str(path)) for document in _split_titles(text)]
+        else:
+            rows += found
         if progress is not None:
             progress("reading files", number, len(paths))
     if not rows:
         raise RecipeError(f"{folder} holds no text", "give a folder with text or JSON-lines files")
     if passed:
-        log.info("%d files in %s are not text in UTF-8 and were left out", passed, folder)
+        log.info("%d files in %s are neither text in UTF-8 nor JSON lines and were left out", passed, folder)
     return rows
 
 
 def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _rows_below(path: Path) -> list[Row] | None:
+    """The documents of one file of many, which may be empty; None if it is neither text nor JSON lines."""
+    text, ending = _plain_text(path), path.suffix.lower()
+    if text is not None and not text.strip():
+        return []
+    if ending in ROWS:
+        return None if ending == ".json" and not _is_json_lines(text or "") else _file_rows(path)
+    return None if text is None else [Row(document, where=str(path)) for document in _split_titles(text)]
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the first line is an object; otherwise the file is likely one value over many lines."""
+    try:
+        return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
+    except ValueError:
+        return False
 
 
 def _plain_text(path: Path) -> str | None:
@@ -161,11 +179,19 @@ def _row_of(row: dict[str, Any], where: str) -> Row:
     if isinstance(text, str):
         return Row(text, where=where)
     if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-        turns = [message for message in messages if isinstance(message.get("content"), str)]
-        said = "\n\n".join(message["content"] for message in turns)
-        return Row(said, tuple(turns), where)
+        turns = tuple({**message, "content": _said(message.get("content"))} for message in messages)
+        said = "\n\n".join(turn["content"] for turn in turns if turn["content"] is not None)
+        return Row(said, turns, where)
     keys = ", ".join(map(repr, row)) or "no keys"
     raise RecipeError(f"{where} has {keys}", "the text must be under 'text', or in 'messages'")
+
+
+def _said(content: object) -> str | None:
+    """What is said in a turn, which may come in parts; None if not all of it is text."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    return None if None in parts else "".join(map(str, parts))
 
 
 def _hub_rows(source: str, characters: int, progress: Progress | None) -> list[Row]:

@@ -42,13 +42,12 @@ def load_four_bit(checkpoint: Checkpoint, device: str) -> Any:
         raise RecipeError(f"bitsandbytes cannot run here: {why}", "train with --lora instead") from error
 
 
-def add_adapters(model: Any, asked: Training, base: str) -> Any:
+def add_adapters(model: Any, asked: Training) -> Any:
     """Put low-rank adapters onto a model (LoRA, arXiv 2106.09685).
 
     Args:
         model: the base, whose own weights are frozen.
         asked: rank, scale, dropout and target of the adapters.
-        base: what the saved adapter calls its base.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -70,7 +69,7 @@ def add_adapters(model: Any, asked: Training, base: str) -> Any:
         raise RecipeError(
             f"no modules called {asked.lora_target}", f"take all-linear, or of {', '.join(sorted(linears))}"
         ) from error
-    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.peft_config["default"].base_model_name_or_path = ""  # peft asks the hub about what it finds there
     return adapted
 
 

@@ -22,19 +22,21 @@ _EVALUATED, _LEAST = 64, 4
 """Held-out blocks in an evaluation, at most and at least."""
 
 
-def step_tokens(asked: Training, processes: int, length: int) -> int:
-    """Tokens in an optimiser step of all processes."""
-    return asked.batch_size * asked.gradient_accumulation * processes * length
+def _step_blocks(asked: Training, processes: int) -> int:
+    """Blocks in an optimiser step of all processes."""
+    return asked.batch_size * asked.gradient_accumulation * processes
 
 
 def _steps(asked: Training, blocks: Blocks, processes: int) -> int:
     """Optimiser steps of the run."""
     if asked.max_steps is not None:
         return asked.max_steps
-    per_step = step_tokens(asked, processes, 1)
+    per_step = _step_blocks(asked, processes)
+    in_epoch = ceil(len(blocks) / per_step)  # the last one of an epoch may see fewer blocks
     if asked.tokens is not None:
-        return max(1, round(asked.tokens / (per_step * int(blocks.ids.shape[1]))))
-    return max(1, ceil(asked.epochs * ceil(len(blocks) / per_step)))
+        epochs, rest = divmod(asked.tokens / int(blocks.ids.shape[1]), len(blocks))
+        return max(1, int(epochs) * in_epoch + round(rest / per_step))
+    return max(1, ceil(asked.epochs * in_epoch))
 
 
 def _intervals(asked: Training, steps: int) -> tuple[int, int, int]:
@@ -94,21 +96,25 @@ def arrange(
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
+        include_num_input_tokens_seen="all",
         log_level="error",
     )
+    if (
+        arguments.n_gpu > 1
+    ):  # several GPUs without torchrun: replicas would call the forward pass of the first
+        arguments._n_gpu = 1
     steps = _steps(asked, train_blocks, arguments.world_size)
     arguments.max_steps = steps
     arguments.warmup_steps = round(asked.warmup * steps)
     arguments.logging_steps, arguments.eval_steps, arguments.save_steps = _intervals(asked, steps)
-    per_step = step_tokens(asked, arguments.world_size, train_blocks.ids.shape[1])
     alone = arguments.world_size == 1
     # Ten evaluations, at a third of the cost of a training step each, should take a small share of the time.
     held_out = held_out.first(
-        min(_EVALUATED, max(_LEAST, steps * step_tokens(asked, arguments.world_size, 1) // 16))
+        min(_EVALUATED, max(_LEAST, steps * _step_blocks(asked, arguments.world_size) // 16))
     )
     prompt = held_out.ids[0][: min(8, held_out.ids.shape[1] // 2)].tolist()
     sample = sampler(model, tokenizer, prompt) if alone else None
-    watch = Watch(folder, per_step, sample, progress, on_evaluation)
+    watch = Watch(folder, sample, progress, on_evaluation)
     trainer = GroupTrainer(
         scales=scales,
         model=model,

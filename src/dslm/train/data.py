@@ -119,6 +119,10 @@ def _conversation(tokenizer: Any, row: Row) -> Document:
 
     ids: list[int] = []
     learned: list[bool] = []
+    if any(message.get("content") is None for message in row.messages):
+        raise RecipeError(
+            f"{row.where} has a turn that is not text", "leave out calls of tools, and pictures"
+        )
     try:
         for end, message in enumerate(row.messages, start=1):
             said = message["role"] == "assistant"
@@ -133,7 +137,7 @@ def _conversation(tokenizer: Any, row: Row) -> Document:
 
 def _grow(
     tokenizer: Any,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[dict[str, Any]],
     ids: list[int],
     learned: list[bool],
     said: bool,
@@ -176,7 +180,8 @@ def pack(documents: Sequence[Document], length: int, *, filler: int, apart: bool
     """Lay documents end to end into blocks.
 
     Text is cut where a block ends, and a last block that is not full is left out. A conversation that does not fit
-    into the rest of a block begins the next one; one longer than a block loses its end.
+    into the rest of a block begins the next one; one longer than a block loses its end. A block in which nothing is
+    learned is left out too.
 
     Args:
         documents: what to pack, in order.
@@ -194,6 +199,7 @@ def pack(documents: Sequence[Document], length: int, *, filler: int, apart: bool
             row.add(piece)
     if row.room == 0 or row.whole:
         rows.append(row)
+    rows = [one for one in rows if (one.labels != IGNORED).any()]
     arrays = [np.stack([getattr(r, name) for r in rows] or [np.zeros(length, np.int32)]) for name in _ARRAYS]
     ids, labels, positions = (array[: len(rows)] for array in arrays)
     return Blocks(ids, labels, positions if apart else None)

@@ -75,13 +75,17 @@ def train_checkpoint(
     nbytes = 0 if asked.adapts and not asked.merge else checkpoint.nbytes
     check_output(out, None if in_place else checkpoint.folder, nbytes, overwrite=overwrite or in_place)
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
+    if asked.freeze_old and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise RecipeError("--freeze-old holds parts of matrices still, which FSDP cuts up", "leave out FSDP")
     processes = PartialState(cpu=asked.device == "cpu")
     if processes.is_main_process:
         check_run(run_folder(out), resume=resume, overwrite=overwrite)
     with _enough_memory(asked, out):
-        ready = _prepare(checkpoint, asked, processes, base or checkpoint.name, progress)
+        ready = _prepare(checkpoint, asked, processes, progress)
     facts = asked.as_dict() | {"model": checkpoint.name, "blocks": _fingerprint(ready.blocks)}
+    facts["processes"] = processes.num_processes
     point = None
     if processes.is_main_process:
         point = prepare_run(run_folder(out), facts, resume=resume, overwrite=overwrite)
@@ -98,7 +102,7 @@ def train_checkpoint(
     result = Trained(
         folder=out,
         steps=trainer.state.global_step,
-        tokens=trainer.state.global_step * watch.step_tokens,
+        tokens=trainer.state.num_input_tokens_seen,
         learning=sum(p.numel() for p in ready.model.parameters() if p.requires_grad),
         perplexity=perplexity,
         seconds=time.monotonic() - begin,
@@ -148,9 +152,7 @@ def need_packages(asked: Training) -> None:
         need("bitsandbytes", "qlora", "--qlora")
 
 
-def _prepare(
-    checkpoint: Checkpoint, asked: Training, processes: Any, base: str, progress: Progress | None
-) -> _Ready:
+def _prepare(checkpoint: Checkpoint, asked: Training, processes: Any, progress: Progress | None) -> _Ready:
     """Everything that is read before the first step."""
     teacher = None if asked.teacher is None else open_teacher(checkpoint, asked.teacher, progress)
     growth = recorded_growth(checkpoint) if asked.recipe == "growth" or asked.freeze_old else None
@@ -160,7 +162,7 @@ def _prepare(
     model = _model(checkpoint, asked, device)
     apart = separates(model)
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    filler = next(i for i in ids if i is not None)
+    filler = next(i for i in ids if i is not None and i < checkpoint.sizes.vocab_size)
     length = min(asked.block_size, checkpoint.context or asked.block_size)
     blocks, held_out = read_blocks(documents, length, filler=filler, apart=apart, what=what)
     learn = None
@@ -171,7 +173,7 @@ def _prepare(
     lines = {} if asked.adapts else table_lines(model, checkpoint)
     scales = {} if growth is None else _follow_growth(model, lines, growth, asked)
     if asked.adapts:
-        model = add_adapters(model, asked, base)
+        model = add_adapters(model, asked)
     return _Ready(model, tokenizer, lines, scales, blocks, held_out, apart)
 
 
@@ -276,7 +278,10 @@ def _write(
     extra = {METRICS: folder / METRICS, "loss.png": folder / "loss.png"}
     if asked.adapts:
         adapter = folder / "adapter"
-        ready.model.save_pretrained(adapter)
+        ready.model.peft_config["default"].base_model_name_or_path = run["base"]
+        ready.model.save_pretrained(
+            adapter, save_embedding_layers=False
+        )  # else it looks for the base on the hub
         if not asked.merge:
             save_adapter(checkpoint, adapter, out, run, extra, overwrite=overwrite)
             shutil.rmtree(folder)

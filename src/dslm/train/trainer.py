@@ -41,8 +41,8 @@ class GroupTrainer(Trainer):  # type: ignore[misc]
         for batch in self.get_eval_dataloader():
             with torch.no_grad():
                 found = self.model(**self._prepare_inputs(batch))
-            pairs = torch.stack([found.row_nats.double(), found.row_tokens.double()], dim=1)
-            sums = self.accelerator.gather_for_metrics(pairs).sum(dim=0)
+            pairs = torch.stack([found.row_nats.float(), found.row_tokens.float()], dim=1)
+            sums = self.accelerator.gather_for_metrics(pairs).cpu().double().sum(dim=0)  # MPS has no float64
             nats, tokens = nats + float(sums[0]), tokens + float(sums[1])
         loss = nats / tokens
         metrics = {"eval_loss": loss, "eval_perplexity": exp(loss) if loss < 700 else float("inf")}

@@ -18,6 +18,7 @@ from dslm.progress import Progress
 
 METRICS = "metrics.jsonl"
 _SAMPLE_TOKENS = 40
+_WORDS = {"loss": "loss", "eval_loss": "loss", "grad_norm": "gradient's norm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     Args:
         folder: where the metrics are written.
-        step_tokens: tokens in an optimiser step.
         sample: writes some text with the model; None if it cannot.
         progress: called with a label, steps done and steps in all.
         on_evaluation: called with what each evaluation found.
@@ -55,14 +55,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         folder: Path,
-        step_tokens: int,
         sample: Callable[[], str] | None,
         progress: Progress | None,
         on_evaluation: Callable[[Evaluation], None] | None,
     ) -> None:
         self.path = folder / METRICS
         self.interrupted = False
-        self.step_tokens = step_tokens
         self._sample, self._progress, self._on_evaluation = sample, progress, on_evaluation
         self._losses: list[float] = []
         self._note = ""
@@ -70,7 +68,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what an earlier attempt wrote behind the checkpoint that this one goes on from."""
-        self._begin, self._first = time.monotonic(), state.global_step
+        self._begin, self._first = time.monotonic(), state.num_input_tokens_seen
         if state.is_world_process_zero:
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
             text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step > 0)
@@ -80,8 +78,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Show how far it is; Ctrl-C lets the step end, keeps it, and stops."""
         if self._progress is None or not state.is_world_process_zero:
             return
-        done = (state.global_step - self._first) * self.step_tokens
-        speed = done / max(1e-9, time.monotonic() - self._begin)
+        speed = (state.num_input_tokens_seen - self._first) / max(1e-9, time.monotonic() - self._begin)
         try:
             self._progress(f"training\t{self._note}{speed:,.0f} tokens/s", state.global_step, state.max_steps)
         except KeyboardInterrupt:
@@ -97,21 +94,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         found = {key: logs[key] for key in known if key in logs}
         if not found:
             return
-        for key in ("loss", "eval_loss"):
+        for key in ("loss", "eval_loss", "grad_norm"):
             if not math.isfinite(found.get(key, 0.0)):
                 kept = "the last checkpoint before it is kept"
                 raise VerificationError(
-                    f"the loss is {found[key]} at step {state.global_step}; {kept}",
+                    f"the {_WORDS[key]} is {found[key]} at step {state.global_step}; {kept}",
                     "lower --learning-rate, or check the data and the model",
                 )
         if "loss" in found:
             self._losses.append(found["loss"])
             self._note = f"loss {found['loss']:.3f}, "
         if state.is_world_process_zero:
-            tokens = state.global_step * self.step_tokens
             line = {
                 "step": state.global_step,
-                "tokens": tokens,
+                "tokens": state.num_input_tokens_seen,
                 "seconds": time.monotonic() - self._begin,
                 **found,
             }
@@ -128,7 +124,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         found = Evaluation(
             step=state.global_step,
             steps=state.max_steps,
-            tokens=state.global_step * self.step_tokens,
+            tokens=state.num_input_tokens_seen,
             loss=sum(losses) / len(losses) if losses else None,
             perplexity=metrics["eval_perplexity"],
             sample=self._sample() if self._sample is not None else "",

@@ -26,6 +26,7 @@ def test_down_heals_in_one_go(call, model, data, tmp_path):
     code, said, err = call("down", model, "-o", out, *options, "--heal-tokens", "20k", "--json")
     assert code == 0, err
     healed = json.loads(said)["healed"]
+    assert err.count("held-out perplexity") >= 10
     assert healed["perplexity"]["after"] < healed["perplexity"]["before"]
     assert growing.load(out, torch.float32).config.intermediate_size == 32
     record = json.loads((out / "dslm.json").read_text())

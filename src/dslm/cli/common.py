@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dslm.checkpoint.reader import Checkpoint
+    from dslm.train.watch import Evaluation
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -149,3 +150,13 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
         yield update
     finally:
         bar.stop()
+
+
+def tell_evaluation(found: Evaluation) -> None:
+    """Print what an evaluation during training found, on stderr."""
+    loss = "" if found.loss is None else f", training loss {found.loss:.4f}"
+    remark(
+        f"step {found.step}/{found.steps}, {found.tokens:,} tokens{loss}, held-out perplexity {found.perplexity:.3f}"
+    )
+    if found.sample:
+        remark(f"  {' '.join(found.sample.split())}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dslm.cli.common import progress_bar, remark
+from dslm.cli.common import progress_bar, remark, tell_evaluation
 from dslm.errors import RecipeError
 from dslm.plan import Plan
 from dslm.plan_shrink import SELF, names_data_set
@@ -86,7 +86,13 @@ def heal(
     try:
         with progress_bar(quiet=quiet) as progress:
             done = train_checkpoint(
-                open_folder(out), asked, out, in_place=True, overwrite=overwrite, progress=progress
+                open_folder(out),
+                asked,
+                out,
+                in_place=True,
+                overwrite=overwrite,
+                progress=progress,
+                on_evaluation=None if quiet else tell_evaluation,
             )
     except KeyboardInterrupt:
         remark(f"{out} is shrunk, not healed; dslm train {out} --teacher source does that", quiet=quiet)

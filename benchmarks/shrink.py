@@ -22,7 +22,6 @@ import torch
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
-from dslm.plan_shrink import SELF
 from dslm.shrink import select
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.calibrate import calibration
@@ -33,6 +32,7 @@ from dslm.shrink.streams import batches
 from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
+from dslm.shrink_plan import SELF
 from dslm.sizes import Sizes, count_parameters
 from dslm.targets_down import shrink_candidates
 from held_out import articles, cut

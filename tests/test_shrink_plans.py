@@ -11,7 +11,7 @@ from dslm.checkpoint.card import calibration_name, command_of, render_card, with
 from dslm.errors import DslmError, RecipeError, SizeError
 from dslm.families import load_family
 from dslm.plan import SHRUNK, Plan, check_plan, plan_growth, plan_shrink
-from dslm.plan_shrink import check_groups
+from dslm.shrink_plan import check_groups
 
 
 def shrink(config: dict, **changes) -> Plan:

@@ -12,9 +12,9 @@ import yaml
 from dslm.errors import RecipeError, SizeError
 from dslm.families import Family
 from dslm.families.family import Config
-from dslm.plan_shrink import SELF, check_calibration, check_methods, check_shrink, wrong_calibration
-from dslm.plan_shrink import SHRINK_METHODS as SHRINK_METHODS
-from dslm.plan_shrink import SHRUNK as SHRUNK
+from dslm.shrink_plan import SELF, check_calibration, check_methods, check_shrink, wrong_calibration
+from dslm.shrink_plan import SHRINK_METHODS as SHRINK_METHODS
+from dslm.shrink_plan import SHRUNK as SHRUNK
 from dslm.sizes import WORDS, Sizes, check_legal, differing
 
 METHOD_NAMES = ("hypercloning", "net2net", "padding")

@@ -10,7 +10,7 @@ from math import ceil, lcm, log
 from dslm.errors import SizeError
 from dslm.families import Family
 from dslm.families.family import Config
-from dslm.plan_shrink import head_pairs, stream_can_shrink
+from dslm.shrink_plan import head_pairs, stream_can_shrink
 from dslm.sizes import FRIENDLY, Sizes, count_parameters, is_legal
 from dslm.targets import Candidate, parse_factor, parse_number
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dslm.errors import MissingExtraError, RecipeError
-from dslm.plan_shrink import names_data_set
 from dslm.progress import Progress
+from dslm.shrink_plan import names_data_set
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import yaml
 
 from dslm.checkpoint.config import DTYPE_NAMES
 from dslm.plan import DEPTH_METHOD, Plan
-from dslm.plan_shrink import SELF, names_data_set
+from dslm.shrink_plan import SELF, names_data_set
 from dslm.sizes import differing
 
 _EXPLAINED = {

@@ -29,10 +29,10 @@ from dslm.cli.sizes import (
 from dslm.errors import RecipeError
 from dslm.load import DEVICES
 from dslm.plan import SHRINK_METHODS, SHRUNK, Plan, check_plan, plan_shrink
-from dslm.plan_shrink import FIXED, SELF
 from dslm.report.shapes import SHAPE_HEADER, shape_facts, shape_rows
 from dslm.report.shrunk import perplexity_rows, shrunk_facts, worst_blocks
 from dslm.report.tables import columns_table
+from dslm.shrink_plan import FIXED, SELF
 
 if TYPE_CHECKING:
     from dslm.checkpoint.reader import Checkpoint

@@ -10,7 +10,7 @@ import click
 from dslm.cli.common import progress_bar, remark, tell_evaluation
 from dslm.errors import RecipeError
 from dslm.plan import Plan
-from dslm.plan_shrink import SELF, names_data_set
+from dslm.shrink_plan import SELF, names_data_set
 from dslm.targets import parse_count
 from dslm.train.settings import Training
 

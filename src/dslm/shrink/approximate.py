@@ -37,7 +37,7 @@ def approximate(
 
     Args:
         weights: the model.
-        target: sizes to reach, which `dslm.plan_shrink` lets pass.
+        target: sizes to reach, which `dslm.shrink_plan` lets pass.
         windows: calibration and check tokens, all of one length.
         folder: where finished blocks go, and streams too large for memory.
         recipe: how blocks are rebuilt.

@@ -15,8 +15,8 @@ from torch import Tensor
 from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import CheckpointError, RecipeError
 from dslm.load import check_token_ids, has_tokenizer, load_model, load_tokenizer
-from dslm.plan_shrink import SELF, check_texts
 from dslm.progress import Progress
+from dslm.shrink_plan import SELF, check_texts
 from dslm.texts import CHARACTERS, file_documents, read_documents
 
 OPENINGS = (

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from dslm.checkpoint.gguf import cache_folder
 from dslm.errors import VerificationError
 from dslm.output import headers_hash
-from dslm.plan_shrink import stream_can_shrink
 from dslm.progress import Progress
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.fold import Fold, Key, axis_fold
@@ -32,6 +31,7 @@ from dslm.shrink.survey import few, removal_losses
 from dslm.shrink.tap import reads_heads, tap, writes_stream
 from dslm.shrink.walk import Walk, mean_loss, walking_device
 from dslm.shrink.weights import Folded, Stored
+from dslm.shrink_plan import stream_can_shrink
 from dslm.sizes import Sizes, is_legal
 from dslm.targets_down import STREAM, STREAM_AT_ONCE
 

@@ -18,7 +18,6 @@ from dslm.errors import VerificationError
 from dslm.families import Tensor
 from dslm.output import check_place, folder_above, planned, write_output
 from dslm.plan import Plan, check_plan
-from dslm.plan_shrink import check_groups
 from dslm.progress import Progress
 from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration, check_windows
@@ -26,6 +25,7 @@ from dslm.shrink.rebuild import Windows
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.weights import Folded, Stored, Weights
+from dslm.shrink_plan import check_groups
 from dslm.sizes import Sizes, count_parameters
 
 CHECK_WINDOWS = 32

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from dslm.families import Family
 from dslm.families.family import Config
-from dslm.plan_shrink import SHRUNK, stream_can_shrink
 from dslm.progress import Progress
 from dslm.shrink.find_twins import LayerTwins, Twins, find_twins
 from dslm.shrink.fold import Fold, Key
@@ -23,6 +22,7 @@ from dslm.shrink.packing import (
     stream_sizes,
 )
 from dslm.shrink.weights import Folded, Weights
+from dslm.shrink_plan import SHRUNK, stream_can_shrink
 from dslm.sizes import Sizes, count_parameters, differing, is_legal
 
 

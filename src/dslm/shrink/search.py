@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dslm.checkpoint.reader import Checkpoint
-from dslm.plan_shrink import check_groups
 from dslm.progress import Progress
 from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration
@@ -24,6 +23,7 @@ from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.survey import removal_losses
 from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Stored
+from dslm.shrink_plan import check_groups
 from dslm.sizes import Sizes
 from dslm.targets_down import shrink_candidates
 

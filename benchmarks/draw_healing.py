@@ -24,8 +24,12 @@ def main() -> None:
     parser.add_argument("names", nargs="+", help="of results")
     asked = parser.parse_args()
     rows: dict[tuple[float, str], Any] = {}
+    dense, tokens = {}, 0
     for name in asked.names:
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        assert rows == {} or (found["dense"], found["tokens"]) == (dense, tokens), (
+            f"{name} was made otherwise"
+        )
         dense, tokens = found["dense"], found["tokens"]
         rows |= {(row["keep"], row["method"]): row for row in found["rows"]}
     figure = Figure(figsize=(9, 4), layout="constrained")

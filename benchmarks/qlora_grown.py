@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from math import ceil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dslm.checkpoint.source import open_checkpoint
@@ -70,8 +72,11 @@ def main() -> None:
             "--epochs", str(asked.epochs), "--block-size", asked.block_size,
         )  # fmt: skip
         lines = [json.loads(line) for line in (merged / "metrics.jsonl").read_text().splitlines()]
-        losses = [line["loss"] for line in lines if "loss" in line]
-        in_epoch = len(losses) // asked.epochs
+        losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        in_epoch = trained["steps"] / asked.epochs
+        by_epoch = [
+            [loss for step, loss in losses if ceil(step / in_epoch) == n + 1] for n in range(asked.epochs)
+        ]
         from peft import PeftModel
 
         four_bit = load_four_bit(open_checkpoint(str(grown)), "cpu").eval()
@@ -90,9 +95,7 @@ def main() -> None:
             "seconds": {"up": grew["seconds"], "train": trained["seconds"], "chat": talk["seconds"]},
             "trained": {k: trained[k] for k in ("steps", "tokens", "learning")},
             "train_loss": losses,
-            "train_loss_of_epochs": [
-                sum(losses[i * in_epoch : (i + 1) * in_epoch]) / in_epoch for i in range(asked.epochs)
-            ],
+            "train_loss_of_epochs": [fmean(of_one) for of_one in by_epoch],
             "held_out_perplexity": trained["perplexity"],
             "perplexity": perplexity,
             "chat": talk["conversations"],

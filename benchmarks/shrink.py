@@ -96,8 +96,8 @@ def forward_seconds(weights, ids_BT: torch.Tensor) -> float:
 
 def written(source, count: int, kept: Path | None) -> torch.Tensor:
     """Windows that the model writes, ``[count, 1024]``; read from a file if they were kept there before."""
-    if kept is not None and kept.is_file():
-        return torch.load(kept)[:count]
+    if kept is not None and kept.is_file() and len(windows := torch.load(kept)) >= count:
+        return windows[:count]
     found = calibration(source, [SELF], samples=count, length=1024, seed=0)
     windows = torch.cat([found.train, found.held_out])
     if kept is not None:
@@ -114,7 +114,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=["slice", "reconstruct"])
     parser.add_argument("--windows", type=int, default=32, help="calibration windows to fit on")
     parser.add_argument("--calibration", choices=["articles", "self", "both"], default="articles")
-    parser.add_argument("--written", type=Path, help="file to keep what the model writes in for the next run")
+    parser.add_argument(
+        "--written", type=Path, help="file to keep what this model writes in for the next run"
+    )
     parser.add_argument("--evaluate", type=int, default=12, help="windows of each text to evaluate on")
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--hidden", type=int, help="hidden_size, instead of that of dslm plan's first shape")

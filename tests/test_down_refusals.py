@@ -122,6 +122,7 @@ def test_a_text_that_cannot_be_used_is_one_line_and_leaves_nothing(
     ("options", "named"),
     [
         (["--check", "absent.txt"], "there is no file absent.txt"),
+        (["--search", "2", "--check", "absent.txt"], "there is no file absent.txt"),
         (["--calibration", "self", "--calibration", "absent.txt"], "there is no file absent.txt"),
         (["--search", "2", "--heal-tokens", "1k"], "there is no text to heal on"),
         (["--search", "2", "--seed", "-1"], "seed -1 is negative"),
@@ -140,7 +141,7 @@ def test_what_cannot_be_is_seen_before_the_model_writes(call, monkeypatch, optio
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
             [],
-            ", or give --refine 0",
+            ", or let dslm down --refine 0 take no steps",
         ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ["--refine", "0"], ""),
         (MemoryError(), ["--method", "slice"], ""),

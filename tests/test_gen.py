@@ -72,7 +72,6 @@ def test_gen_stays_inside_the_context(model):
         generate(checkpoint, " ".join(["w5"] * 64), device="cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_model_that_is_larger_than_memory_is_not_called_broken(call, model, monkeypatch):
     def full(*args, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
@@ -82,6 +81,7 @@ def test_a_model_that_is_larger_than_memory_is_not_called_broken(call, model, mo
     assert (code, "the memory is not enough to load" in one_line(err)) == (1, True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_gen_on_a_device_that_is_not_there(call, model):
     code, _, err = call("gen", model, "--device", "cuda", "-q")
     assert code == 1

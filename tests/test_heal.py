@@ -16,12 +16,8 @@ pytestmark = training.WARNINGS
 
 def test_down_heals_in_one_go(call, model, data, tmp_path):
     out = tmp_path / "small"
-    texts = [
-        "--calibration",
-        "self",
-        "--calibration",
-        data,
-    ]  # one heals on what is given, not on what it wrote
+    # One heals on what is given, not on what the model wrote.
+    texts = ["--calibration", "self", "--calibration", data]
     options = ["--intermediate-size", 32, *texts, "--samples", 8, "--sequence-length", 32]
     code, said, err = call("down", model, "-o", out, *options, "--heal-tokens", "20k", "--json")
     assert code == 0, err

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import dslm.checkpoint.writer as writer_module
 import pico
 import refusing
 from dslm.checkpoint.reader import open_folder
+from dslm.cli import interrupt
 from dslm.errors import CheckpointError, DslmError, VerificationError
 from refusing import grow, nothing_happens, occupied_folder, one_line, snapshot
 
@@ -148,9 +151,13 @@ def test_a_result_that_fails_its_check_never_appears(error, source, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGINT, 130, "dslm: interrupted; no unfinished output is left"), (signal.SIGTERM, 143, "")],
+    [
+        (signal.SIGINT, 130, "dslm: interrupted; no unfinished output is left"),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGHUP, 129, ""),
+    ],
 )
-def test_what_ends_it_leaves_nothing_and_says_so_in_one_line(number, code, said, source, tmp_path):
+def test_what_ends_it_leaves_nothing(number, code, said, source, tmp_path):
     out = tmp_path / "out"
     command = [
         sys.executable,
@@ -178,3 +185,29 @@ def test_what_ends_it_leaves_nothing_and_says_so_in_one_line(number, code, said,
     assert printed == ""
     assert complaint.strip() == said  # after the line of the ^C
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_end_that_python_drops_is_remembered(monkeypatch):
+    """As in the middle of an import: what a callback of Python's own raises is printed and forgotten."""
+
+    class Short:
+        pass
+
+    monkeypatch.delenv("RANK", raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        interrupt.listen()
+        short = Short()
+        gone = weakref.ref(short, lambda _: signal.raise_signal(signal.SIGTERM))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            del short
+        assert gone() is None
+        with pytest.raises(SystemExit) as left:
+            interrupt.check()
+        assert left.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        interrupt.listen()

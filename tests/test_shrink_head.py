@@ -28,13 +28,10 @@ def ends(family, variant, tmp_path):
     teacher.embed(ids)
     student.embed(ids)
     generator = torch.Generator().manual_seed(1)
-    spread = torch.randn(
-        16, source.sizes.hidden_size, generator=generator
-    )  # of few dimensions, so most can be had
+    # Of few dimensions, so that most can be had, and distorted, so that something is to be made up for.
+    spread = torch.randn(16, source.sizes.hidden_size, generator=generator)
     stream = torch.randn(*ids.shape, 16, generator=generator) @ spread
-    narrow = encoder.write(stream, -1) * (
-        1 + 0.5 * torch.rand(WIDTH, generator=generator)
-    )  # to be made up for
+    narrow = encoder.write(stream, -1) * (1 + 0.5 * torch.rand(WIDTH, generator=generator))
     streams = Streams(stream, torch.empty_like(stream), narrow, FIT, HELD_OUT)
     with teacher.head(), student.head():
         wide, read = teacher.before_head(stream).double(), student.before_head(narrow).double()

@@ -55,9 +55,8 @@ def test_a_block_in_which_nothing_is_learned_is_left_out():
     """A step of such blocks alone would divide by zero tokens."""
     asked = Document(np.arange(5, 15, dtype=np.int32), np.arange(10) > 6, whole=True)  # its answer is cut off
     answered = document(5, 6, 7, whole=True)
-    first = Document(
-        np.array([5, 6], np.int32), np.array([True, False]), whole=True
-    )  # nothing foretells that
+    # Nothing foretells its first token, the only one that would be learned.
+    first = Document(np.array([5, 6], np.int32), np.array([True, False]), whole=True)
     blocks = pack([asked, answered, asked, first], 4, filler=0, apart=True)
     assert blocks.ids.tolist() == [[5, 6, 7, 0]]
     assert len(blocks.labels) == len(blocks.positions) == 1
@@ -157,7 +156,10 @@ def test_a_folder_is_read_file_by_file(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "package.json").write_text('{\n  "name": "x"\n}\n')
-    (tmp_path / "list.json").write_text("[1, 2]\n")
+    (tmp_path / "list.json").write_text('[{"text": "in a list"}]\n')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}\n')
+    (tmp_path / "silent.jsonl").write_text('{"messages": [{"role": "user", "content": null}]}\n')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
     (tmp_path / "rows.json").write_text('{"text": "fourth"}\n')
     rows, what = read_rows(str(tmp_path), 100)
     assert [row.text for row in rows] == ["first", "second", "third", "fourth"]

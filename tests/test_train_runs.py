@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 import calling
 import training
 from calling import one_line
+from dslm.errors import VerificationError
+from dslm.train.watch import Watch
 from training import QUICK, metrics
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
@@ -106,29 +109,6 @@ def test_too_little_memory_says_what_to_lower(call, model, data, tmp_path, monke
     assert "lower --batch-size or --block-size, or give --gradient-checkpointing" in err
 
 
-def test_ctrl_c_ends_the_step_and_keeps_the_run(call, model, data, tmp_path, monkeypatch):
-    from dslm.train.watch import Watch
-
-    step = Watch.on_step_end
-
-    def pressed(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            self._progress = interrupted
-        step(self, args, state, control, **kwargs)
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Watch, "on_step_end", pressed)
-    out = tmp_path / "out"
-    code, _, err = call("train", model, "-o", out, "--data", data, *QUICK)
-    assert code == 130
-    assert "out.run; --resume goes on with it" in err
-    assert (tmp_path / "out.run" / "checkpoint-5").is_dir()
-    monkeypatch.undo()
-    assert call("train", model, "-o", out, "--data", data, *QUICK, "--resume", "-q")[0] == 0
-
-
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(call, model, data, tmp_path, monkeypatch):
     from dslm.train.trainer import GroupTrainer
 
@@ -142,9 +122,42 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(call, model, data, tmp
 
     monkeypatch.setattr(GroupTrainer, "training_step", pressed)
     out = tmp_path / "out"
-    assert call("train", model, "-o", out, "--data", data, *QUICK, "-q")[0] == 130
+    code, _, err = call("train", model, "-o", out, "--data", data, *QUICK)
+    assert code == 130
+    assert "stopping after this step" in err
+    assert "out.run; --resume goes on with it" in err
     assert (tmp_path / "out.run" / "checkpoint-7").is_dir()
     assert len(steps) == 7
+    monkeypatch.undo()
+    assert call("train", model, "-o", out, "--data", data, *QUICK, "--resume", "-q")[0] == 0
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path):
+    watch = Watch(tmp_path, True, None, None, None)
+    before = signal.getsignal(signal.SIGINT)
+    with watch.listening():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert watch.interrupted
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_one_of_several_processes_stops_at_once(tmp_path):
+    """It alone would wait for the others in the middle of a step that they never take."""
+    watch = Watch(tmp_path, False, None, None, None)
+    with pytest.raises(KeyboardInterrupt), watch.listening():
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("key", "word"), [("loss", "loss"), ("eval_loss", "loss"), ("grad_norm", "gradient's norm")]
+)
+def test_what_is_no_number_is_named(key, word, tmp_path):
+    watch = Watch(tmp_path, True, None, None, None)
+    state = SimpleNamespace(global_step=3, is_world_process_zero=True, num_input_tokens_seen=5)
+    with pytest.raises(VerificationError, match=f"the {word} is inf at step 3"):
+        watch.on_log(None, state, None, {"loss": 1.0} | {key: math.inf})
 
 
 def test_a_run_does_not_go_on_with_another_number_of_processes(call, model, data, tmp_path):

@@ -57,11 +57,6 @@ def origin(source: Checkpoint, tensor: Tensor, layers: Sequence[int]) -> str:
     return source.family.embedding  # a head that was tied
 
 
-def folder_above(out: Path) -> Path:
-    """The nearest folder above an output place that is there already: what is unfinished lies on the same disk."""
-    return next(parent for parent in out.resolve().parents if parent.exists())
-
-
 def check_place(
     source: Checkpoint, tensors: list[Planned], out: Path, *, overwrite: bool, beside: int = 0
 ) -> None:

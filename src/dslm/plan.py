@@ -208,6 +208,8 @@ def plan_shrink(
         SizeError: the target is illegal, larger than the source anywhere, or cannot be reached.
         RecipeError: the options do not fit together.
     """
+    if isinstance(texts, str):
+        raise RecipeError(f"texts is {texts!r}, one word", "give a list of texts")
     source = Sizes.from_config(family, config)
     plan = Plan(
         model=model,

@@ -28,7 +28,8 @@ _TEXT_FILES = (
     *(".md", ".csv", ".tsv", ".parquet", ".gz", ".zst"),
 )
 SELF = "self"
-"""The calibration text that a model writes itself."""
+WRITTEN = "text that the model wrote itself"
+"""What a calibration text that a model writes itself is asked for as, and what it is called."""
 _CALIBRATION: Mapping[str, type | tuple[type, ...]] = {
     "texts": list,
     "samples": int,

@@ -86,19 +86,24 @@ def _folder_rows(folder: Path, progress: Progress | None) -> list[Row]:
     """The documents of all text files below a folder, in the order of their paths; others are passed over."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
     rows: list[Row] = []
-    passed = 0
+    passed: list[Path] = []
     for number, path in enumerate(paths, start=1):
-        found = _rows_below(path)
-        if found is None:
-            passed += 1
+        text = _plain_text(path)
+        if text is None or (path.suffix.lower() == ".json" and not _holds_rows(text)):
+            passed.append(path)
         else:
-            rows += found
+            rows += _rows_of(text, path)
         if progress is not None:
             progress("reading files", number, len(paths))
     if not rows:
         raise RecipeError(f"{folder} holds no text", "give a folder with text or JSON-lines files")
     if passed:
-        log.info("%d files in %s are neither text in UTF-8 nor JSON lines and were left out", passed, folder)
+        log.info(
+            "%d files in %s are neither text nor JSON lines and were left out, as %s",
+            len(passed),
+            folder,
+            passed[0].name,
+        )
     return rows
 
 
@@ -106,22 +111,13 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _rows_below(path: Path) -> list[Row] | None:
-    """The documents of one file of many, which may be empty; None if it is neither text nor JSON lines."""
-    text, ending = _plain_text(path), path.suffix.lower()
-    if text is not None and not text.strip():
-        return []
-    if ending in ROWS:
-        return None if ending == ".json" and not _is_json_lines(text or "") else _file_rows(path)
-    return None if text is None else [Row(document, where=str(path)) for document in _split_titles(text)]
-
-
-def _is_json_lines(text: str) -> bool:
-    """Whether the first line is an object; otherwise the file is likely one value over many lines."""
+def _holds_rows(text: str) -> bool:
+    """Whether the first line is a document; otherwise the file is likely one value, over one line or many."""
     try:
-        return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
+        first = json.loads(text.lstrip().partition("\n")[0])
     except ValueError:
         return False
+    return isinstance(first, dict) and bool({"text", "messages"} & first.keys())
 
 
 def _plain_text(path: Path) -> str | None:
@@ -146,16 +142,21 @@ def _file_rows(path: Path) -> list[Row]:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})", "give a text file") from error
     if "\0" in text:
         raise RecipeError(f"{path} is a binary file", "give a text file")
+    rows = _rows_of(text, path)
+    if not rows:
+        raise RecipeError(f"{path} is empty", "give a file with text in it")
+    return rows
+
+
+def _rows_of(text: str, path: Path) -> list[Row]:
+    """The documents of a file that has been read, those that say something."""
     if path.suffix.lower() in ROWS:
         # Not splitlines: JSON strings may hold the other line ends of Unicode.
         lines = enumerate(text.split("\n"), start=1)
         rows = [_json_row(line, f"line {number} of {path}") for number, line in lines if line.strip()]
     else:
         rows = [Row(document, where=str(path)) for document in _split_titles(text)]
-    kept = [row for row in rows if row.text.strip()]
-    if not kept:
-        raise RecipeError(f"{path} is empty", "give a file with text in it")
-    return kept
+    return [row for row in rows if row.text.strip()]
 
 
 def _split_titles(text: str) -> list[str]:

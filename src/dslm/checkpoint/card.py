@@ -14,7 +14,7 @@ import yaml
 
 from dslm.checkpoint.config import DTYPE_NAMES
 from dslm.plan import DEPTH_METHOD, Plan
-from dslm.shrink_plan import SELF, names_data_set
+from dslm.shrink_plan import SELF, WRITTEN, names_data_set
 from dslm.sizes import differing
 
 _EXPLAINED = {
@@ -48,8 +48,14 @@ def command_of(plan: Plan) -> str:
 
 
 def calibration_name(text: str) -> str:
-    """What card and record call a calibration text: a data set by its id, a file by its name without its place."""
-    return text if names_data_set(text) else Path(text).name
+    """What card and record call a calibration text: a data set by its id, a file by its name without its place.
+
+    A file called as what the model writes itself stays a file.
+    """
+    if text == SELF or names_data_set(text):
+        return text
+    name = Path(text).name
+    return f"./{name}" if name == SELF else name
 
 
 def without_places(plan: Plan) -> Plan:
@@ -108,7 +114,7 @@ def render_card(
     return template.from_string(text).render(
         name=name,
         plan=plan,
-        calibrated_on=["text that the model wrote itself" if text == SELF else text for text in texts],
+        calibrated_on=[WRITTEN if text == SELF else text for text in texts],
         link=f"https://huggingface.co/{hub_id}" if hub_id else "",
         before=counts[0],
         after=counts[1],

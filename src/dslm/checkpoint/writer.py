@@ -43,6 +43,11 @@ class Planned:
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
+def folder_above(out: Path) -> Path:
+    """The nearest folder above an output place that is there already: what is unfinished lies on the same disk."""
+    return next(parent for parent in out.resolve().parents if parent.exists())
+
+
 def check_output(out: Path, source: Path | None, nbytes: int, *, overwrite: bool) -> None:
     """Refuse an output place before anything is written.
 
@@ -78,13 +83,13 @@ def check_output(out: Path, source: Path | None, nbytes: int, *, overwrite: bool
             f"output {out} holds something that is not a model, which --overwrite would delete",
             "choose another with -o",
         )
-    parent = next(p for p in place.parents if p.exists())
+    parent = folder_above(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"cannot write into {parent}", "choose another place with -o")
     free = shutil.disk_usage(parent).free
     if nbytes > free:
         raise CheckpointError(
-            f"not enough disk: the output needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free",
+            f"not enough disk: {nbytes / 1e9:.2f} GB are needed and {parent} has {free / 1e9:.2f} GB free",
             "free some space or choose another place with -o",
         )
 

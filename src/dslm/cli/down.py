@@ -160,7 +160,12 @@ def command(
     shapes: list[Scored] = []
     if options["search"]:
         check_search(source, options, None if dry_run else output, overwrite=overwrite)
-        shapes = search_shapes(source, options, device, output or Path("out"), quiet=quiet)
+        if check is not None:  # it may turn out to be of no use
+            from dslm.shrink.calibrate import check_windows
+
+            check_windows(source, check, length=options["sequence_length"], limit=1)
+        place = None if dry_run else output or Path("out")
+        shapes = search_shapes(source, options, device, place, quiet=quiet)
         plan = _plan(source, options, shapes)
     if not plan.shrinks:
         raise RecipeError(f"{plan_file} is a plan to grow", "give it to dslm up")

@@ -73,20 +73,19 @@ def check_search(
 
 
 def search_shapes(
-    source: Checkpoint, options: dict[str, Any], device: str, output: Path, *, quiet: bool
+    source: Checkpoint, options: dict[str, Any], device: str, output: Path | None, *, quiet: bool
 ) -> list[Scored]:
     """Shapes near the number of parameters that was asked for, the best of those that were built first.
 
-    They are built beside the output.
+    They are built beside the output, where there is to be one.
     """
-    from dslm.output import folder_above
+    from dslm.checkpoint.writer import folder_above
     from dslm.shrink.recipe import Recipe
     from dslm.shrink.search import read_windows, search
     from dslm.shrink.weights import Stored
 
-    steps = (
-        0 if options["refine"] == 0 else None
-    )  # what is built to compare takes no more than the usual ones
+    # What is built to compare takes no more than the usual ones.
+    steps = 0 if options["refine"] == 0 else None
     with progress_bar(quiet=quiet) as progress:
         windows = read_windows(
             source,
@@ -105,6 +104,6 @@ def search_shapes(
             untie=options["untie"],
             recipe=Recipe.with_steps(steps, solve=options["method"] != "slice"),
             device=device,
-            folder=folder_above(output),
+            folder=None if output is None else folder_above(output),
             progress=progress,
         )

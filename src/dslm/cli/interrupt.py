@@ -6,6 +6,7 @@ signal is also remembered, and whoever reports progress asks.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ class _Memory:
 
     asked: bool = False
     held: bool = False
+    ended: int = 0
 
 
 _memory = _Memory()
@@ -28,9 +30,12 @@ _memory = _Memory()
 def listen() -> None:
     """Remember Ctrl-C from now on, and end in order when told to; only the main thread may ask for signals."""
     _memory.asked = _memory.held = False
+    _memory.ended = 0
     if threading.current_thread() is not threading.main_thread():
         return
     signal.signal(signal.SIGINT, _remember)
+    if "RANK" in os.environ:  # one of several processes: whoever started them must end them at once
+        return
     for name in ("SIGTERM", "SIGHUP"):  # of kill and timeout, and of a terminal that closes
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # under nohup it is ignored
@@ -38,11 +43,14 @@ def listen() -> None:
 
 
 def check() -> None:
-    """Stop here if Ctrl-C was pressed.
+    """Stop here if Ctrl-C was pressed, or an end was asked for.
 
     Raises:
-        KeyboardInterrupt: it was.
+        KeyboardInterrupt: it was pressed.
+        SystemExit: the end was asked for.
     """
+    if _memory.ended:
+        raise SystemExit(128 + _memory.ended)
     if _memory.asked:
         raise KeyboardInterrupt
 
@@ -69,6 +77,7 @@ def held() -> Iterator[Callable[[], bool]]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    _memory.ended = number
     raise SystemExit(128 + number)
 
 

@@ -99,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
         arguments: the command line without the program's name.
 
     Returns:
-        0; 1 for a failure; 2 for a wrong command line; 130 when interrupted.
+        0; 1 for a failure; 2 for a wrong command line; 130 when interrupted, 128 more than a signal that ended it.
     """
     debug = bool(os.environ.get("DSLM_DEBUG", "").strip("0"))
     _listen(debug)

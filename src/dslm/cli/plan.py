@@ -63,7 +63,7 @@ _MEASURING = ("samples", "sequence_length", "build")
     "--calibration",
     multiple=True,
     metavar="TEXT",
-    help="Rank smaller shapes by what cutting costs on a text: as of dslm down.",
+    help="Rank smaller shapes by what cutting costs on a text, given as to dslm down; repeat it to mix several.",
 )
 @click.option(
     "--samples",

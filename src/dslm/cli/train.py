@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dslm.cli import interrupt
 from dslm.cli.common import (
     console,
     model_argument,
@@ -138,8 +137,7 @@ def command(
     source = open_model(model, quiet=quiet)
     quiet_here = quiet or _rank() > 0
     try:
-        # held: the step during which Ctrl-C is pressed is finished and kept, as the bar is told after it
-        with progress_bar(quiet=quiet_here) as progress, interrupt.held():
+        with progress_bar(quiet=quiet_here) as progress:
             done = train_checkpoint(
                 source,
                 asked,

@@ -50,7 +50,7 @@ def approximate(
     """
     before, where = Sizes.from_config(weights.family, weights.config), walking_device(device)
     count, length = windows.all.shape
-    other = ", or give --refine 0" if recipe.takes_steps else ""
+    other = ", or let dslm down --refine 0 take no steps" if recipe.takes_steps else ""
     with enough_memory(
         f"to shrink block by block on {count} windows of {length} tokens",
         f"lower --samples or --sequence-length{other}",

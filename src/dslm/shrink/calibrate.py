@@ -16,7 +16,7 @@ from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import CheckpointError, RecipeError
 from dslm.load import check_token_ids, has_tokenizer, load_model, load_tokenizer
 from dslm.progress import Progress
-from dslm.shrink_plan import SELF, check_texts
+from dslm.shrink_plan import SELF, WRITTEN, check_texts
 from dslm.texts import CHARACTERS, file_documents, read_documents
 
 OPENINGS = (
@@ -92,7 +92,7 @@ def calibration(
     }
     if SELF in shares:  # it takes longest, and the others may turn out to be of no use
         written = _self_written(checkpoint, shares[SELF], length, seed, device, progress)
-        found[SELF] = Calibration(*_cut(written), "text that the model wrote itself")
+        found[SELF] = Calibration(*_cut(written), WRITTEN)
     return Calibration(
         _by_turns([found[text].train for text in texts]),
         _by_turns([found[text].held_out for text in texts]),
@@ -206,8 +206,8 @@ class _Reader:
 def _reader(checkpoint: Checkpoint, length: int) -> _Reader:
     if not has_tokenizer(checkpoint):
         raise CheckpointError(
-            f"{checkpoint.name} has no tokenizer to read a calibration text with",
-            "calibrate on self, which the model writes; or copy the files of the tokenizer into its folder",
+            f"{checkpoint.name} has no tokenizer to read a text with",
+            "copy the files of the tokenizer into its folder, or calibrate on self, which the model writes",
         )
     tokenizer = load_tokenizer(checkpoint)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

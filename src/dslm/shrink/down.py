@@ -13,10 +13,11 @@ import torch
 
 from dslm.checkpoint.config import with_dtype
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
-from dslm.checkpoint.writer import Planned
+from dslm.checkpoint.writer import Planned, folder_above
 from dslm.errors import VerificationError
-from dslm.families import Tensor
-from dslm.output import check_place, folder_above, planned, write_output
+from dslm.families import Family, Tensor
+from dslm.families.family import Config
+from dslm.output import check_place, planned, write_output
 from dslm.plan import Plan, check_plan
 from dslm.progress import Progress
 from dslm.shrink.approximate import approximate
@@ -117,9 +118,8 @@ def shrink_checkpoint(
         checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     reduced = exact_stage(Stored(source), plan.target, progress=progress)
     if Sizes.from_config(reduced.weights.family, reduced.weights.config) != plan.target:
-        lines = source.family.layout(final).values()  # finished blocks lie beside the output in float32
-        floats = sum(4 * math.prod(line.shape) for line in lines if line.layer is not None)
-        check_place(source, tensors, out, overwrite=overwrite, beside=floats)
+        beside = sum(4 * math.prod(shape) for shape in _rebuilt_shapes(source.family, final))
+        check_place(source, tensors, out, overwrite=overwrite, beside=beside)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=folder_above(out)) as scratch:
         smaller = _smaller(source, reduced.weights, plan, checks, Path(scratch), device, progress)
         layers = smaller.layers
@@ -129,14 +129,16 @@ def shrink_checkpoint(
         measured = _figures(reduced.removed, smaller)
 
         def rows(tensor: Tensor, target: Planned) -> Iterator[torch.Tensor]:
-            whole = smaller.weights.read(tensor.name).to(torch_dtype(target.dtype))
-            if not torch.isfinite(whole).all():
-                raise VerificationError(
-                    f"{tensor.name!r} has numbers too large for {target.dtype}, the dtype of the source",
-                    "convert the source to bfloat16 or float32 first",
-                )
+            whole = smaller.weights.read(tensor.name)
             step = max(1, _CHUNK_BYTES * len(whole) // max(1, target.nbytes))
-            return (whole[i : i + step] for i in range(0, len(whole), step))
+            for i in range(0, len(whole), step):
+                some = whole[i : i + step].to(torch_dtype(target.dtype))
+                if not torch.isfinite(some).all():
+                    raise VerificationError(
+                        f"{tensor.name!r} has numbers too large for {target.dtype}, the dtype of the source",
+                        "convert the source to bfloat16 or float32 first",
+                    )
+                yield some
 
         write_output(
             source,
@@ -166,6 +168,17 @@ def shrink_checkpoint(
     )
 
 
+def _rebuilt_shapes(family: Family, config: Config) -> Iterator[tuple[int, ...]]:
+    """Shapes of the finished tensors that lie beside the output in float32: blocks, the last one twice, and a head."""
+    lines = family.layout(config).values()
+    last = max(line.layer for line in lines if line.layer is not None)
+    for line in lines:
+        if line.layer is not None or line.name == family.head:
+            yield line.shape
+        if line.layer == last:
+            yield line.shape
+
+
 def _smaller(
     source: Checkpoint,
     weights: Weights,
@@ -181,8 +194,6 @@ def _smaller(
     everything = tuple(range(before.num_hidden_layers))
     if before == target:
         return _Smaller(weights, everything)
-    if before.replace(tied=False) == target:  # a second table that is the first costs nothing
-        return _Smaller(Folded(weights, target, everything, {}), everything)
     check_groups(before, target, weights.family, weights.config)
     assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
     asked = plan.calibration

@@ -62,8 +62,11 @@ def exact_stage(weights: Weights, target: Sizes, *, progress: Progress | None = 
     stream = None
     if after.hidden_size != before.hidden_size:
         stream = fold_stream(twins.stream, after.hidden_size, whole=twins.whole)
-    smaller = Folded(weights, after, kept, _folds(before, after, twins, kept), stream)
     removed = {word: int(old) - int(new) for word, (old, new) in differing(before, after).items()}
+    folds = _folds(before, after, twins, kept)
+    if after.replace(tied=False) == target:  # a second table that is the first costs nothing either
+        after = target
+    smaller = Folded(weights, after, kept, folds, stream)
     return Reduced(smaller, removed)
 
 

@@ -99,9 +99,8 @@ def arrange(
         include_num_input_tokens_seen="all",
         log_level="error",
     )
-    if (
-        arguments.n_gpu > 1
-    ):  # several GPUs without torchrun: replicas would call the forward pass of the first
+    # Several GPUs without torchrun: replicas would call the forward pass of the first.
+    if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     steps = _steps(asked, train_blocks, arguments.world_size)
     arguments.max_steps = steps
@@ -114,7 +113,7 @@ def arrange(
     )
     prompt = held_out.ids[0][: min(8, held_out.ids.shape[1] // 2)].tolist()
     sample = sampler(model, tokenizer, prompt) if alone else None
-    watch = Watch(folder, sample, progress, on_evaluation)
+    watch = Watch(folder, alone, sample, progress, on_evaluation)
     trainer = GroupTrainer(
         scales=scales,
         model=model,

@@ -66,7 +66,7 @@ def train_checkpoint(
         RecipeError: what was asked for does not fit together, or the data cannot be used.
         CheckpointError: the output place is not usable, or the model is broken.
         MissingExtraError: a package is not installed.
-        VerificationError: the loss became NaN or infinite.
+        VerificationError: the loss or a gradient became NaN or infinite.
         OutOfMemoryError: the memory was not enough.
     """
     begin = time.monotonic()
@@ -226,7 +226,8 @@ def _follow_growth(
 def _run(trainer: Any, watch: Any, point: Path | None) -> tuple[float, float]:
     """Train; held-out perplexity before and after."""
     trainer.args.eval_on_start = point is None
-    trainer.train(resume_from_checkpoint=None if point is None else str(point))
+    with watch.listening():
+        trainer.train(resume_from_checkpoint=None if point is None else str(point))
     if watch.interrupted:
         raise KeyboardInterrupt
     found = [line for line in trainer.state.log_history if "eval_perplexity" in line]
@@ -279,9 +280,8 @@ def _write(
     if asked.adapts:
         adapter = folder / "adapter"
         ready.model.peft_config["default"].base_model_name_or_path = run["base"]
-        ready.model.save_pretrained(
-            adapter, save_embedding_layers=False
-        )  # else it looks for the base on the hub
+        # Otherwise peft looks for the base on the hub.
+        ready.model.save_pretrained(adapter, save_embedding_layers=False)
         if not asked.merge:
             save_adapter(checkpoint, adapter, out, run, extra, overwrite=overwrite)
             shutil.rmtree(folder)

@@ -1,13 +1,18 @@
-"""What a run says while it runs: progress, a file of metrics, samples of text, and a stop when the loss is broken."""
+"""What a run says while it runs: progress, metrics, samples of text; and when it stops: a broken loss, or Ctrl-C."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +20,8 @@ from transformers import TrainerCallback
 
 from dslm.errors import VerificationError
 from dslm.progress import Progress
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 _SAMPLE_TOKENS = 40
@@ -47,6 +54,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     Args:
         folder: where the metrics are written.
+        alone: there is no other process.
         sample: writes some text with the model; None if it cannot.
         progress: called with a label, steps done and steps in all.
         on_evaluation: called with what each evaluation found.
@@ -55,16 +63,39 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         folder: Path,
+        alone: bool,
         sample: Callable[[], str] | None,
         progress: Progress | None,
         on_evaluation: Callable[[Evaluation], None] | None,
     ) -> None:
         self.path = folder / METRICS
         self.interrupted = False
+        self._alone = alone
         self._sample, self._progress, self._on_evaluation = sample, progress, on_evaluation
         self._losses: list[float] = []
         self._note = ""
         self._begin, self._first = time.monotonic(), 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, Ctrl-C lets a step end; pressed again it stops at once.
+
+        Of several processes each would hear it at another step, so there it stops at once as everywhere.
+        """
+        if not self._alone or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._pressed)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _pressed(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        log.info("stopping after this step; Ctrl-C again stops at once")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what an earlier attempt wrote behind the checkpoint that this one goes on from."""
@@ -75,20 +106,19 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.path.write_text(text, encoding="utf-8")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show how far it is; Ctrl-C lets the step end, keeps it, and stops."""
+        """Show how far it is; where Ctrl-C was pressed, keep the step and stop."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
         if self._progress is None or not state.is_world_process_zero:
             return
         speed = (state.num_input_tokens_seen - self._first) / max(1e-9, time.monotonic() - self._begin)
-        try:
-            self._progress(f"training\t{self._note}{speed:,.0f} tokens/s", state.global_step, state.max_steps)
-        except KeyboardInterrupt:
-            self.interrupted = control.should_save = control.should_training_stop = True
+        self._progress(f"training\t{self._note}{speed:,.0f} tokens/s", state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Write a line of metrics.
 
         Raises:
-            VerificationError: the loss is not a number any more.
+            VerificationError: the loss or the gradient is not a number any more.
         """
         known = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
         found = {key: logs[key] for key in known if key in logs}

@@ -135,7 +135,7 @@ def test_a_picture_of_losses_beyond_numbers_has_bars():
     assert "perplexity inf" in lines[1]
 
 
-@pytest.mark.parametrize(("asked", "steps"), [((), 300), (("--refine", 0), 0), (("--refine", 9), 300)])
+@pytest.mark.parametrize(("asked", "steps"), [((), 600), (("--refine", 0), 0), (("--refine", 9), 600)])
 def test_shapes_are_compared_as_they_will_be_built(call, monkeypatch, asked, steps):
     """At the closed form if that is what is asked for; no search waits for steps on every block."""
     recipes, folders = [], []

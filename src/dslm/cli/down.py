@@ -106,7 +106,7 @@ def fixed_options(function: Any) -> Any:
     "--refine",
     type=click.IntRange(0),
     metavar="STEPS",
-    help="Optimiser steps on every block after the closed form; 0 for none.  [default: up to 300 on the last block and "
+    help="Optimiser steps on every block after the closed form; 0 for none.  [default: up to 600 on the last block and "
     "on those beside dropped ones, none elsewhere]",
 )
 @click.option(

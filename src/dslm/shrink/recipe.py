@@ -27,8 +27,8 @@ class Recipe:
     drift: bool = True
     weigh_tokens: bool = True
     ridges: tuple[float, ...] = RIDGES
-    gap_steps: int = 300
-    last_steps: int = 300
+    gap_steps: int = 600
+    last_steps: int = 600
     refine: int = 0
 
     @classmethod

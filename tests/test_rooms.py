@@ -14,7 +14,7 @@ ORDER = [
     {"errors", "progress"},
     {"families"},
     {"sizes"},
-    {"plan_shrink"},
+    {"shrink_plan"},
     {"plan", "targets", "texts"},
     {"targets_down"},
     {"checkpoint"},

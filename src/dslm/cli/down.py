@@ -159,8 +159,8 @@ def command(
     healing = healing_text(data, plan) if heal_tokens is not None else ()
     shapes: list[Scored] = []
     if options["search"]:
-        check_search(source, options, None if dry_run else output, overwrite=overwrite)
-        if check is not None:  # it may turn out to be of no use
+        check_search(source, plan.target, options, None if dry_run else output, overwrite=overwrite)
+        if check is not None:  # it may turn out to be of no use, which shrinking would say after the search
             from dslm.shrink.calibrate import check_windows
 
             check_windows(source, check, length=options["sequence_length"], limit=1)

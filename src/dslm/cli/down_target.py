@@ -53,16 +53,14 @@ def wanted_parameters(source: Checkpoint, options: dict[str, Any]) -> int:
 
 
 def check_search(
-    source: Checkpoint, options: dict[str, Any], output: Path | None, *, overwrite: bool
+    source: Checkpoint, target: Sizes, options: dict[str, Any], output: Path | None, *, overwrite: bool
 ) -> None:
-    """Refuse what cannot be before a long search.
+    """Refuse what cannot be before a long search for shapes about as large as a target.
 
     Raises:
-        RecipeError: the size was asked for in another way, or in two.
-        SizeError: there is no such shape.
+        RecipeError: the size was asked for in another way.
         CheckpointError: the output place is not usable.
     """
-    target = target_sizes(source, options)
     if options["params"] is None and options["keep_ratio"] is None:
         raise RecipeError("--search has nothing to choose from", "give --params or --keep-ratio with it")
     if output is not None:

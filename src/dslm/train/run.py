@@ -84,8 +84,11 @@ def train_checkpoint(
         check_run(run_folder(out), resume=resume, overwrite=overwrite)
     with _enough_memory(asked, out):
         ready = _prepare(checkpoint, asked, processes, progress)
-    facts = asked.as_dict() | {"model": checkpoint.name, "blocks": _fingerprint(ready.blocks)}
-    facts["processes"] = processes.num_processes
+    facts = asked.as_dict() | {
+        "model": checkpoint.name,
+        "blocks": _fingerprint(ready.blocks),
+        "processes": processes.num_processes,
+    }
     point = None
     if processes.is_main_process:
         point = prepare_run(run_folder(out), facts, resume=resume, overwrite=overwrite)

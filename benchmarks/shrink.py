@@ -101,7 +101,8 @@ def calibration_windows(asked, source, tokenizer, rest: str) -> tuple[torch.Tens
     parts = []
     for name in asked.calibration:
         if name == SELF:
-            parts.append(written(source, count, asked.written))
+            found = calibration(source, [SELF], samples=count, length=1024, seed=0)
+            parts.append(torch.cat([found.train, found.held_out]))
         else:
             text = rest if name == "articles" else Path(name).read_text(encoding="utf-8")
             parts.append(cut(tokenizer, text, count, seed=0))
@@ -109,17 +110,6 @@ def calibration_windows(asked, source, tokenizer, rest: str) -> tuple[torch.Tens
             raise SystemExit(f"{name} has fewer than {count} windows")
     turns = torch.stack(parts, dim=1)
     return turns[held:].flatten(0, 1), turns[:held].flatten(0, 1)
-
-
-def written(source, count: int, kept: Path | None) -> torch.Tensor:
-    """Windows that the model writes, ``[count, 1024]``; read from a file if they were kept there before."""
-    if kept is not None and kept.is_file() and len(windows := torch.load(kept)) >= count:
-        return windows[:count]
-    found = calibration(source, [SELF], samples=count, length=1024, seed=0)
-    windows = torch.cat([found.train, found.held_out])
-    if kept is not None:
-        torch.save(windows, kept)
-    return windows
 
 
 def main() -> None:
@@ -133,7 +123,6 @@ def main() -> None:
     parser.add_argument(
         "--calibration", nargs="+", metavar="SOURCE", default=["articles"], help="articles, self, or a file"
     )
-    parser.add_argument("--written", type=Path, help="file to keep what this model writes for the next run")
     parser.add_argument("--evaluate", type=int, default=12, help="windows of each text to evaluate on")
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--hidden", type=int, help="hidden_size, instead of that of dslm plan's first shape")

@@ -16,7 +16,20 @@ import pytest
 import torch
 from hypothesis import settings
 
+from dslm.checkpoint.gguf import cache_folder
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("dslm", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("dslm")
 pytest.register_assert_rewrite("asking", "calling", "refusing")  # what they assert tells as much as in a test
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What a shrink keeps for the next one is these tests' own; models that were converted before are used."""
+    converted, own = cache_folder() / "gguf", tmp_path_factory.mktemp("cache")
+    converted.mkdir(parents=True, exist_ok=True)
+    (own / "gguf").symlink_to(converted, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSLM_CACHE", str(own))
+        yield

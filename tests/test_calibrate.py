@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,9 @@ import pico
 from calibrating import SIZES, ids, install_datasets, jsonl, rows, words
 from dslm.checkpoint.reader import open_folder
 from dslm.errors import CheckpointError, RecipeError
-from dslm.shrink.calibrate import OPENINGS, _write, calibration, check_windows
+from dslm.shrink import written
+from dslm.shrink.calibrate import OPENINGS, calibration, check_windows
+from dslm.shrink.written import write
 from tokenizing import BOS, EOS
 
 make, plain, bare = calibrating.make, calibrating.plain, calibrating.bare  # fixtures
@@ -151,7 +154,8 @@ def test_check_windows_stops_at_its_limit_and_at_the_models_positions(plain, tmp
 
 
 @pytest.mark.parametrize("tokenizer", [{}, {"bos": False}, {"bos": True}])
-def test_the_model_writes_its_own_text(make, tokenizer):
+def test_the_model_writes_its_own_text(make, tokenizer, monkeypatch):
+    monkeypatch.setattr(written, "read_kept", lambda place: None)
     checkpoint, state = make(**tokenizer), torch.get_rng_state()
     told: list[tuple[str, int, int]] = []
     sizes = {"samples": 20, "length": 24}
@@ -171,6 +175,42 @@ def test_the_model_writes_its_own_text(make, tokenizer):
     assert told[-1] == ("writing calibration text", 480, 480)
 
 
+def texts_written(checkpoint, monkeypatch, samples, **other):
+    """Windows, and how many batches the model wrote for them."""
+    batches = []
+    with monkeypatch.context() as patch:
+        patch.setattr(written, "write", lambda *a: batches.append(1) or write(*a))
+        found = calibration(checkpoint, ["self"], **{"samples": samples, "length": 16, "seed": 5} | other)
+    return torch.cat([found.train, found.held_out]), len(batches)
+
+
+def test_what_was_written_is_not_written_again(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("DSLM_CACHE", str(tmp_path / "cache"))
+    checkpoint = make()
+    some, batches = texts_written(checkpoint, monkeypatch, 32)
+    assert batches == 2
+    more, batches = texts_written(checkpoint, monkeypatch, 50)
+    assert batches == 2  # a full one and the rest
+    assert torch.equal(more[:32], some)
+    alone, batches = texts_written(checkpoint, monkeypatch, 50)
+    assert batches == 0
+    assert torch.equal(alone, more)
+    for other in ({"seed": 6}, {"length": 17}):
+        assert texts_written(checkpoint, monkeypatch, 32, **other)[1] == 2
+
+
+@pytest.mark.parametrize("spoilt", ["", "[[1, 2]]", "null", '{"a": 1}', "[[-1]]"])
+def test_what_was_kept_of_it_and_is_broken_is_written_again(make, monkeypatch, tmp_path, spoilt):
+    monkeypatch.setenv("DSLM_CACHE", str(tmp_path / "cache"))
+    checkpoint = make()
+    first, _ = texts_written(checkpoint, monkeypatch, 4)
+    (place,) = (tmp_path / "cache" / "written").iterdir()
+    place.write_text(spoilt or re.sub(r"\d+", str(pico.VOCAB), place.read_text(), count=1))
+    again, batches = texts_written(checkpoint, monkeypatch, 4)
+    assert batches == 1
+    assert torch.equal(again, first)
+
+
 def test_windows_go_on_from_openings(make):
     found = calibration(make(bos=True), ["self"], samples=8, length=32, seed=0)
     # The tiny tokenizer knows no English: an opening is the start token and as many unknown words.
@@ -185,7 +225,7 @@ def test_what_is_written_is_what_the_model_would_say(family, monkeypatch):
     monkeypatch.setattr(torch, "multinomial", lambda odds, _, generator: odds.argmax(-1, keepdim=True))
     model = pico.make_model(family, next(iter(pico.PICO[family])))
     windows = torch.zeros(2, 32, dtype=torch.int64)
-    assert list(_write(model, windows, [[1], [7, 8, 9]], torch.Generator())) == list(range(1, 32))
+    assert list(write(model, windows, [[1], [7, 8, 9]], torch.Generator())) == list(range(1, 32))
     with torch.no_grad():
         likeliest = model(windows).logits.argmax(-1)
     assert torch.equal(windows[0, 1:], likeliest[0, :-1])

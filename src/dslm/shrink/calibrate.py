@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.errors import CheckpointError, RecipeError
-from dslm.load import check_token_ids, has_tokenizer, load_model, load_tokenizer
+from dslm.load import check_token_ids, has_tokenizer, load_tokenizer
 from dslm.progress import Progress
+from dslm.shrink.written import write_windows
 from dslm.shrink_plan import SELF, WRITTEN, check_texts
 from dslm.texts import CHARACTERS, file_documents, read_documents
 
@@ -32,7 +33,6 @@ OPENINGS = (
 
 _SHORTEST = 16  # tokens in a window: below that attention has nothing to attend to
 _SHARE = 8  # one window in so many is held out
-_BATCH = 16  # windows written at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -288,20 +288,7 @@ def _self_written(
         openings = random.Random(seed).sample(OPENINGS, len(OPENINGS))
         ids = [(reader.start + reader.ids(opening, length))[: length // 2] for opening in openings]
         starts = [start for opening in ids for start in (alone, opening)]
-    model = load_model(checkpoint, device=device)
-    if model.device.type == "cpu" and model.dtype is torch.bfloat16:
-        # torch's fused attention takes up to twice as long there for one token after many (SmolLM2, 16 windows).
-        model.set_attn_implementation("eager")
-    generator = torch.Generator().manual_seed(seed)
-    written = torch.zeros(samples, length, dtype=torch.int64)
-    for begin in range(0, samples, _BATCH):
-        rows = written[begin : begin + _BATCH]
-        given = [starts[(begin + i) % len(starts)] for i in range(len(rows))]
-        for position in _write(model, rows, given, generator):
-            if progress is not None:
-                done = begin * length + len(rows) * (position + 1)
-                progress("writing calibration text", done, samples * length)
-    return written
+    return write_windows(checkpoint, starts, samples, length, seed, device, progress)
 
 
 def _first_token(checkpoint: Checkpoint, reader: _Reader | None) -> int:
@@ -313,26 +300,3 @@ def _first_token(checkpoint: Checkpoint, reader: _Reader | None) -> int:
         if isinstance(first, int) and 0 <= first < checkpoint.sizes.vocab_size:
             return first
     return 0
-
-
-def _write(model: Any, rows: Tensor, given: list[list[int]], generator: torch.Generator) -> Iterator[int]:
-    """Fill ``rows``, token by token, each after what it is given; yields the position that is filled.
-
-    Not ``generate``: openings of different lengths need no padding here, an end token does not end a window,
-    no setting of the model bends the distribution, and the random numbers are the generator's alone.
-    """
-    for row, start in zip(rows, given, strict=True):
-        row[: len(start)] = torch.tensor(start)
-    fixed = torch.tensor([len(start) for start in given])
-    cache = None
-    for position in range(1, rows.shape[1]):
-        with torch.no_grad():
-            last = rows[:, position - 1 : position].to(model.device)
-            out = model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        odds = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
-        if not torch.isfinite(odds).all():
-            raise CheckpointError("the model's logits are not numbers", "get its weights again")
-        drawn = torch.multinomial(odds, 1, generator=generator).squeeze(1)
-        rows[:, position] = torch.where(fixed > position, rows[:, position], drawn)
-        yield position

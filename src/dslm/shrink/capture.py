@@ -5,24 +5,17 @@ Shape letters: B windows, T tokens, N tokens of all windows, X input features.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from dslm.checkpoint.gguf import cache_folder
 from dslm.errors import VerificationError
-from dslm.output import headers_hash
 from dslm.progress import Progress
+from dslm.shrink.cache import keep, place_of, read_kept
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.fold import Fold, Key, axis_fold
 from dslm.shrink.rebuild import Windows
@@ -49,9 +42,7 @@ _KEPT = {
     "heads": (0.9, 0.75, 0.5, 0.25),
     "stream": (0.9, 0.75, 0.5, 0.25),
 }
-_FORMAT = 2  # of the cache; raised when a capture measures something else
-
-_log = logging.getLogger(__name__)
+_FORMAT = 2  # of what is kept; raised when a capture measures something else
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,44 +252,22 @@ def captured(
     `search`.
     """
     ids_BT = few(windows.held_out)
-    place = cache_folder() / "captures" / f"{_fingerprint(weights, ids_BT)}.json"
+    place = place_of("captures", weights.checkpoint, [_FORMAT, ids_BT.tolist()])
     sizes = Sizes.from_config(weights.family, weights.config)
-    found = _read_cache(place, sizes)
+    found = _whole(read_kept(place), sizes)
     if found is None:
         found = capture(Walk(weights, walking_device(device)), ids_BT, sizes, progress)
-        _write_cache(place, found)
+        keep(place, {"base": found.base, "damages": found.damages})
     return found
 
 
-def _fingerprint(weights: Stored, ids_BT: Tensor) -> str:
-    """Of the source's headers, the first row of every tensor (fine-tuned models have equal headers), and the tokens."""
-    source = weights.checkpoint
-    parts = [_FORMAT, metadata.version("dslm"), headers_hash(source), dict(source.config), ids_BT.tolist()]
-    found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for name in sorted(source.entries):
-        found.update(source.read_rows(name, 0, 1).float().numpy().tobytes())
-    return found.hexdigest()[:32]
-
-
-def _read_cache(place: Path, sizes: Sizes) -> Capture | None:
-    """What lies there, if it is whole."""
+def _whole(held: Any, sizes: Sizes) -> Capture | None:
+    """The capture that was kept, if it is whole."""
     try:
-        held = json.loads(place.read_text(encoding="utf-8"))
         damages = {axis: tuple((float(x), float(y)) for x, y in held["damages"][axis]) for axis in AXES}
         found = Capture(sizes, float(held["base"]), damages)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     numbers = [found.base, *(number for points in damages.values() for point in points for number in point)]
     sound = all(math.isfinite(n) and n > 0 for n in numbers)
     return found if sound and all(points == _rising(dict(points)) for points in damages.values()) else None
-
-
-def _write_cache(place: Path, found: Capture) -> None:
-    text = json.dumps({"base": found.base, "damages": found.damages}, indent=1)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        Path(file.name).replace(place)  # never half a file, whoever else writes it
-    except OSError as error:
-        _log.info("the capture is not kept: %s", error)

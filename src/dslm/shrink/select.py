@@ -156,6 +156,63 @@ def choose_heads(scores_H: Tensor, kv_heads: int, target_heads: int, target_kv: 
     return {"heads": select(heads, len(scores_H)), "kv_heads": select(groups, kv_heads)}
 
 
+def surviving_heads(
+    gram_XX: Tensor, writer_DX: Tensor, heads: int, kv_heads: int, target_heads: int, target_kv: int
+) -> dict[str, Fold]:
+    """The heads that stay, if the columns of those that stay are refitted; as `surviving_units`, by blocks.
+
+    Query heads go first, one by one, each time the one that costs least among the groups that still have too many;
+    then whole key-value groups.
+
+    Args:
+        gram_XX: second moment of the input of the output projection, in float64; it is overwritten.
+        writer_DX: the output projection.
+        heads: H.
+        kv_heads: K.
+        target_heads: query heads to keep.
+        target_kv: key-value heads to keep; it divides ``target_heads``.
+
+    Returns:
+        Folds of ``heads`` and ``kv_heads``.
+    """
+    columns_DX, inverse_XX = writer_DX.double(), _damped_inverse(gram_XX)
+    places_HX = torch.arange(len(gram_XX), device=gram_XX.device).view(heads, -1)
+    group, kept_group = heads // kv_heads, target_heads // target_kv
+    left = {k: list(range(k * group, (k + 1) * group)) for k in range(kv_heads)}
+
+    def loss(gone: list[int]) -> float:
+        own_J = places_HX[gone].flatten()
+        columns_DJ = columns_DX[:, own_J]
+        return float((torch.linalg.solve(inverse_XX[own_J][:, own_J], columns_DJ.T) * columns_DJ.T).sum())
+
+    def let_go(gone: list[int]) -> None:
+        nonlocal columns_DX
+        own_J = places_HX[gone].flatten()
+        share_JX = torch.linalg.solve(inverse_XX[own_J][:, own_J], inverse_XX[own_J])
+        columns_DX = torch.addmm(columns_DX, columns_DX[:, own_J], share_JX, alpha=-1.0)
+        inverse_XX.addmm_(inverse_XX[:, own_J], share_JX, alpha=-1.0)
+
+    while full := [k for k in left if len(left[k]) > kept_group]:
+        k, head = min(((k, head) for k in full for head in left[k]), key=lambda pair: loss([pair[1]]))
+        let_go([head])
+        left[k].remove(head)
+    while len(left) > target_kv:
+        k = min(left, key=lambda k: loss(left[k]))
+        let_go(left.pop(k))
+    kept = torch.tensor([head for k in left for head in left[k]])
+    return {"heads": select(kept, heads), "kv_heads": select(torch.tensor(list(left)), kv_heads)}
+
+
+def keep_heads(
+    gram_XX: Tensor, writer_DX: Tensor, before: tuple[int, int], after: tuple[int, int], *, refitted: bool
+) -> dict[str, Fold]:
+    """Keep so many query and key-value heads, given the second moment of what is written, which is overwritten."""
+    (heads, kv_heads), (target_heads, target_kv) = before, after
+    if refitted:
+        return surviving_heads(gram_XX, writer_DX, heads, kv_heads, target_heads, target_kv)
+    return choose_heads(head_scores(gram_XX, writer_DX, heads).cpu(), kv_heads, target_heads, target_kv)
+
+
 def choose_channels(scores_D: Tensor, power_D: Tensor, count: int) -> Fold:
     """Keep the channels of the stream with the largest scores, scaled so that its mean square stays.
 

@@ -1,0 +1,54 @@
+"""What was found out about a model at some cost, kept in the user's cache for the next shrink."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dslm.checkpoint.gguf import cache_folder
+from dslm.checkpoint.reader import Checkpoint
+from dslm.output import headers_hash
+
+_log = logging.getLogger(__name__)
+
+
+def place_of(kind: str, source: Checkpoint, facts: Any) -> Path:
+    """The file in which something about a model is kept.
+
+    It is named by a fingerprint of the model's headers, the first row of every tensor (fine-tuned models have equal
+    headers), this version, and whatever else decides what is found.
+
+    Args:
+        kind: a folder in the cache.
+        source: the model, opened with its weights.
+        facts: what else decides, as JSON.
+    """
+    parts = [metadata.version("dslm"), headers_hash(source), dict(source.config), facts]
+    found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for name in sorted(source.entries):
+        found.update(source.read_rows(name, 0, 1).float().numpy().tobytes())
+    return cache_folder() / kind / f"{found.hexdigest()[:32]}.json"
+
+
+def read_kept(place: Path) -> Any:
+    """The JSON that lies there; None if there is none that can be read."""
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def keep(place: Path, found: Any) -> None:
+    """Write JSON, whole or not at all; where it cannot be written it is done without."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
+            json.dump(found, file)
+        Path(file.name).replace(place)  # never half a file, whoever else writes it
+    except OSError as error:
+        _log.info("%s is not kept: %s", place, error)

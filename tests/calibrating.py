@@ -61,11 +61,11 @@ class DatasetsError(Exception):
     """The package's own base of errors."""
 
 
-def install_datasets(monkeypatch, found):
+def install_datasets(monkeypatch, found, configuration=None):
     """Stand in for the optional package: gives rows, or raises."""
 
-    def load_dataset(name, *, split, streaming):
-        assert (name, split, streaming) == ("someone/something", "train", True)
+    def load_dataset(name, chosen, *, split, streaming):
+        assert (name, chosen, split, streaming) == ("someone/something", configuration, "train", True)
         if isinstance(found, Exception):
             raise found
         return iter(found)

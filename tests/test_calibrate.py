@@ -78,6 +78,12 @@ def test_documents_are_held_out_whole(plain, tmp_path, monkeypatch, kind):
     assert not kept & held
 
 
+def test_a_data_set_may_need_the_name_of_a_configuration(plain, monkeypatch):
+    install_datasets(monkeypatch, [{"text": words(600)}], configuration="small-v1")
+    found = calibration(plain, ["someone/something:small-v1"], **SIZES)
+    assert found.origin == "the data set someone/something:small-v1 on the hub"
+
+
 def test_a_document_that_comes_twice_counts_once(plain, tmp_path):
     texts = [words(20, seed=i) for i in range(30)]
     once = calibration(plain, [str(jsonl(tmp_path / "a.jsonl", texts))], **SIZES)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs import PYTHIA, QWEN3, REAL, SMOLLM2, pico_config, sizes_of
-from dslm.checkpoint.card import calibration_name, command_of, render_card, without_places
+from dslm.checkpoint.card import calibration_names, command_of, render_card, without_places
 from dslm.errors import DslmError, RecipeError, SizeError
 from dslm.families import load_family
 from dslm.plan import SHRUNK, Plan, check_plan, plan_growth, plan_shrink
@@ -177,12 +177,27 @@ def test_a_plan_that_was_edited_is_checked_again(before, after, named, tmp_path)
         ("self", "self"),
         ("/home/me/self", "./self"),
         ("owner/data-v1.5", "owner/data-v1.5"),
+        ("owner/data:small-v1", "owner/data:small-v1"),
         ("a/b/c", "c"),
         ("wiki.txt", "wiki.txt"),
     ],
 )
 def test_the_place_of_a_text_is_nobodys_business(text, name):
-    assert calibration_name(text) == name
+    assert calibration_names([text]) == [name]
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["/home/me/a/wiki.txt", "/home/me/b/wiki.txt", "self"], ["a/wiki.txt", "b/wiki.txt", "self"]),
+        (["/x/a/c/t.txt", "/x/b/c/t.txt", "/x/u.txt"], ["a/c/t.txt", "b/c/t.txt", "u.txt"]),
+        (["t.txt", "a/t.txt", "b/t.txt"], ["t.txt", "a/t.txt", "b/t.txt"]),
+        (["a.txt", "./a.txt"], ["a.txt", "a.txt"]),
+        (["owner/data", "/x/owner/data.txt"], ["owner/data", "data.txt"]),
+    ],
+)
+def test_texts_of_the_same_name_are_told_apart(texts, names):
+    assert calibration_names(texts) == names
 
 
 def test_the_command_and_the_card_of_a_shrink():

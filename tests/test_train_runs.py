@@ -55,7 +55,7 @@ def test_a_run_goes_on_after_kill_9(call, model, data, tmp_path):
 
 
 def test_two_processes_learn_as_one(call, model, data, tmp_path):
-    options = [*QUICK[:2], *QUICK[4:], "--max-steps", 8, "--eval-every", 4, "-q"]
+    options = [*QUICK[:2], *QUICK[4:], "--max-steps", 8, "--eval-every", 4]
     whole = tmp_path / "one"
     assert call("train", model, "-o", whole, "--data", data, *options, "--batch-size", 4)[0] == 0
     arguments = ["train", model, "-o", tmp_path / "two", "--data", data, *options, "--batch-size", 2]
@@ -78,6 +78,7 @@ def test_two_processes_learn_as_one(call, model, data, tmp_path):
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert done.stdout.count("written to") == 1
+    assert done.stderr.count(" | ") == 3  # a sample of text at the start and at each evaluation
 
 
 def test_a_broken_loss_stops_the_run_and_keeps_the_last_checkpoint(call, model, data, tmp_path):
@@ -88,6 +89,7 @@ def test_a_broken_loss_stops_the_run_and_keeps_the_last_checkpoint(call, model, 
     assert "the gradient's norm is nan at step 2; the last checkpoint before it is kept" in one_line(err)
     assert "lower --learning-rate" in err
     assert not out.exists()
+    assert (tmp_path / "out.run" / "loss.png").is_file()
     kept = list((tmp_path / "out.run").glob("checkpoint-*/model.safetensors"))
     assert kept
     for path in kept:
@@ -127,6 +129,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(call, model, data, tmp
     assert "stopping after this step" in err
     assert "out.run; --resume goes on with it" in err
     assert (tmp_path / "out.run" / "checkpoint-7").is_dir()
+    assert (tmp_path / "out.run" / "loss.png").is_file()
     assert len(steps) == 7
     monkeypatch.undo()
     assert call("train", model, "-o", out, "--data", data, *QUICK, "--resume", "-q")[0] == 0

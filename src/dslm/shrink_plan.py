@@ -22,7 +22,7 @@ SHRUNK = (
 )
 SHRINK_METHODS = ("reconstruct", "slice")
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 _TEXT_FILES = (
     *(".jsonl", ".json", ".ndjson", ".json-lines", ".txt", ".text"),
     *(".md", ".csv", ".tsv", ".parquet", ".gz", ".zst"),
@@ -188,7 +188,7 @@ def check_calibration(calibration: Mapping[str, Any]) -> None:
 
 
 def names_data_set(text: str) -> bool:
-    """Whether a calibration text is the id of a data set on the hub: ``owner/name``, and no file or like one."""
+    """Whether a text is a data set on the hub, ``owner/name`` or ``owner/name:configuration``, and not like a file."""
     path = Path(text).expanduser()
     return bool(_HUB_ID.fullmatch(text)) and path.suffix.lower() not in _TEXT_FILES and not path.exists()
 

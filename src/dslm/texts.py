@@ -211,8 +211,10 @@ def _hub_rows(source: str, characters: int, progress: Progress | None) -> list[R
         ) from error
     documents: dict[str, Row] = {}
     size = 0
+    name, _, configuration = source.partition(":")
     try:
-        for number, row in enumerate(datasets.load_dataset(source, split="train", streaming=True), start=1):
+        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
             found = _row_of(row, f"row {number} of {source}")
             if found.text.strip() and found.text not in documents:
                 documents[found.text] = found
@@ -223,7 +225,9 @@ def _hub_rows(source: str, characters: int, progress: Progress | None) -> list[R
                 break
     except (HTTPError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = " ".join(str(error).split())[:300]
-        hint = "check the spelling (owner/name) and the network, or give a text file"
+        hint = (
+            "check the spelling (owner/name or owner/name:configuration) and the network, or give a text file"
+        )
         raise RecipeError(f"{source} is no file and cannot be read from the hub: {why}", hint) from error
     if not documents:
         raise RecipeError(f"the data set {source} is empty", "give one with text in it")

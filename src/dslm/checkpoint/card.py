@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -35,7 +35,7 @@ def command_of(plan: Plan) -> str:
     if plan.calibration is None:
         words.append(f"--split {plan.split}" if plan.snr_db is None else f"--snr-db {plan.snr_db:g}")
     else:
-        texts = [calibration_name(text) for text in plan.calibration["texts"]]
+        texts = calibration_names(plan.calibration["texts"])
         words += [f"--calibration {shlex.quote(text)}" for text in texts if texts != [SELF]]
         words.append(f"--samples {plan.calibration['samples']}")
         words.append(f"--sequence-length {plan.calibration['length']}")
@@ -47,22 +47,30 @@ def command_of(plan: Plan) -> str:
     return " ".join(words)
 
 
-def calibration_name(text: str) -> str:
-    """What card and record call a calibration text: a data set by its id, a file by its name without its place.
+def calibration_names(texts: Sequence[str]) -> list[str]:
+    """What card and record call calibration texts: data sets by their ids, files by their names without their places.
 
-    A file called as what the model writes itself stays a file.
+    Files of the same name keep as many of the folders they are in as tell them apart. A file called as what the model
+    writes itself stays a file.
     """
-    if text == SELF or names_data_set(text):
-        return text
-    name = Path(text).name
-    return f"./{name}" if name == SELF else name
+    files = {text: Path(text).parts for text in texts if text != SELF and not names_data_set(text)}
+
+    def name(text: str) -> str:
+        if text not in files:
+            return text
+        parts, others = files[text], [other for one, other in files.items() if one != text]
+        enough = (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others))
+        found = "/".join(parts[-next(enough, len(parts)) :])
+        return f"./{found}" if found == SELF else found
+
+    return [name(text) for text in texts]
 
 
 def without_places(plan: Plan) -> Plan:
     """The plan as it is recorded: where a file lies is nobody's business."""
     if plan.calibration is None:
         return plan
-    texts = [calibration_name(text) for text in plan.calibration["texts"]]
+    texts = calibration_names(plan.calibration["texts"])
     return replace(plan, calibration={**plan.calibration, "texts": texts})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PrinterCallback, TrainingArguments
 
 from dslm.load import pick_device
@@ -112,7 +113,9 @@ def arrange(
         min(_EVALUATED, max(_LEAST, steps * _step_blocks(asked, arguments.world_size) // 16))
     )
     prompt = held_out.ids[0][: min(8, held_out.ids.shape[1] // 2)].tolist()
-    sample = sampler(model, tokenizer, prompt) if alone else None
+    # One process cannot write with a model that is cut up over all.
+    whole = not any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    sample = sampler(model, tokenizer, prompt) if whole else None
     watch = Watch(folder, alone, sample, progress, on_evaluation)
     trainer = GroupTrainer(
         scales=scales,

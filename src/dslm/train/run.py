@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ def train_checkpoint(
     )
     if processes.is_main_process:
         run = run_record(asked, result, base or checkpoint.name)
+        watch.draw()
         _write(checkpoint, asked, ready, state, out, run, overwrite=overwrite or in_place, progress=progress)
     processes.wait_for_everyone()
     return result
@@ -229,10 +230,16 @@ def _follow_growth(
 def _run(trainer: Any, watch: Any, point: Path | None) -> tuple[float, float]:
     """Train; held-out perplexity before and after."""
     trainer.args.eval_on_start = point is None
-    with watch.listening():
-        trainer.train(resume_from_checkpoint=None if point is None else str(point))
-    if watch.interrupted:
-        raise KeyboardInterrupt
+    try:
+        with watch.listening():
+            trainer.train(resume_from_checkpoint=None if point is None else str(point))
+        if watch.interrupted:
+            raise KeyboardInterrupt
+    except BaseException:
+        if trainer.is_world_process_zero():
+            with suppress(OSError):  # what stopped the run is what matters
+                watch.draw()
+        raise
     found = [line for line in trainer.state.log_history if "eval_perplexity" in line]
     last = found[-1] if found and found[-1]["step"] == trainer.state.global_step else trainer.evaluate()
     return found[0]["eval_perplexity"] if found else last["eval_perplexity"], last["eval_perplexity"]
@@ -275,11 +282,10 @@ def _write(
     overwrite: bool,
     progress: Progress | None,
 ) -> None:
-    from dslm.train.watch import METRICS, draw_curves, read_metrics
+    from dslm.train.watch import METRICS, PICTURE
 
     folder, lines = run_folder(out), ready.lines
-    draw_curves(read_metrics(folder / METRICS), folder / "loss.png")
-    extra = {METRICS: folder / METRICS, "loss.png": folder / "loss.png"}
+    extra = {name: folder / name for name in (METRICS, PICTURE)}
     if asked.adapts:
         adapter = folder / "adapter"
         ready.model.peft_config["default"].base_model_name_or_path = run["base"]

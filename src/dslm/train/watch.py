@@ -23,7 +23,7 @@ from dslm.progress import Progress
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
 _SAMPLE_TOKENS = 40
 _WORDS = {"loss": "loss", "eval_loss": "loss", "grad_norm": "gradient's norm"}
 
@@ -75,6 +75,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._losses: list[float] = []
         self._note = ""
         self._begin, self._first = time.monotonic(), 0
+
+    def draw(self) -> None:
+        """Put a picture of the losses so far beside the metrics."""
+        draw_curves(read_metrics(self.path), self.path.with_name(PICTURE))
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -1,8 +1,7 @@
-"""Runs of ``dslm train`` that are broken off, and runs of several processes."""
+"""Runs of ``dslm train`` that are broken off."""
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -52,33 +51,6 @@ def test_a_run_goes_on_after_kill_9(call, model, data, tmp_path):
     assert metrics(out) == metrics(tmp_path / "whole")
     ours, theirs = (load_file(place / "model.safetensors") for place in (out, tmp_path / "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_two_processes_learn_as_one(call, model, data, tmp_path):
-    options = [*QUICK[:2], *QUICK[4:], "--max-steps", 8, "--eval-every", 4]
-    whole = tmp_path / "one"
-    assert call("train", model, "-o", whole, "--data", data, *options, "--batch-size", 4)[0] == 0
-    arguments = ["train", model, "-o", tmp_path / "two", "--data", data, *options, "--batch-size", 2]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29511",
-    ]
-    done = subprocess.run(
-        [*command, "-m", "dslm.cli.main", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(whole), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    assert done.stdout.count("written to") == 1
-    assert done.stderr.count(" | ") == 3  # a sample of text at the start and at each evaluation
 
 
 def test_a_broken_loss_stops_the_run_and_keeps_the_last_checkpoint(call, model, data, tmp_path):

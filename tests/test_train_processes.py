@@ -1,0 +1,74 @@
+"""Training in several processes: the loss curve is that of one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import calling
+import training
+from training import QUICK, metrics
+
+model, call, data = calling.model, calling.call, training.data  # fixtures
+pytestmark = training.WARNINGS
+OPTIONS = [*QUICK[:2], *QUICK[4:], "--max-steps", 8, "--eval-every", 4]
+AS_MODULE = ["-m", "dslm.cli.main"]
+ON_FSDP = [Path(__file__).with_name("fsdp_on_cpu.py")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def launch(count: int, launching: list, arguments: list) -> tuple[str, str]:
+    """Run so many launchers with a command each, and wait; stdout and stderr of all."""
+    command = [sys.executable, "-m", "torch.distributed.run", *launching, *arguments]
+    running = [
+        subprocess.Popen(
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(count)
+    ]
+    said = [one.communicate() for one in running]
+    assert [one.returncode for one in running] == [0] * count, said
+    return "".join(out for out, _ in said), "".join(err for _, err in said)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_processes_learn_as_one(call, model, data, tmp_path, nodes):
+    whole, out = tmp_path / "one", tmp_path / "two"
+    assert call("train", model, "-o", whole, "--data", data, *OPTIONS, "--batch-size", 4)[0] == 0
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "test"]
+    launching = ["--nnodes", nodes, "--nproc-per-node", 2 // nodes, *meeting]
+    train = ["train", model, "-o", out, "--data", data, *OPTIONS, "--batch-size", 2]
+    stdout, stderr = launch(nodes, launching, [*AS_MODULE, *train])
+    for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert stdout.count("written to") == 1
+    assert stderr.count(" | ") == 3  # a sample of text at the start and at each evaluation
+
+
+def test_a_grown_model_cut_up_over_processes_learns_from_its_source_as_whole(call, model, data, tmp_path):
+    whole, out, grown = tmp_path / "one", tmp_path / "two", model.parent / "grown"
+    assert call("up", model, "-o", grown, "-edm", 2, "-upm", 2)[0] == 0
+    options = [*OPTIONS, "--recipe", "growth", "--teacher", "source", "-q"]
+    assert call("train", grown, "-o", whole, "--data", data, *options, "--batch-size", 4)[0] == 0
+    train = ["train", grown, "-o", out, "--data", data, *options, "--batch-size", 2]
+    stdout, stderr = launch(1, ["--nproc-per-node", 2, "--master-port", free_port()], [*ON_FSDP, *train])
+    for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert stdout.count("written to") == 1
+    assert stderr.count("LlamaDecoderLayer") == 2 * 3  # what FSDP cut up, of each process
+    code, said, _ = call("diff", whole, out)
+    assert code == 0, said

@@ -96,6 +96,8 @@ def forward_seconds(weights, ids_BT: torch.Tensor) -> float:
 
 def calibration_windows(asked, source, tokenizer, rest: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows to fit on and to hold out, by turns of each source; at least one of each held out."""
+    if asked.windows < len(asked.calibration):
+        raise SystemExit(f"{len(asked.calibration)} sources need at least as many windows")
     held = max(4 // len(asked.calibration), 1)
     count = asked.windows // len(asked.calibration) + held
     parts = []

@@ -217,6 +217,27 @@ def test_what_was_kept_of_it_and_is_broken_is_written_again(make, monkeypatch, t
     assert torch.equal(again, first)
 
 
+def test_without_a_home_nothing_is_kept(make, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("dslm.shrink.cache.cache_folder", homeless)
+    checkpoint = make()
+    for _ in range(2):
+        assert texts_written(checkpoint, monkeypatch, 4)[1] == 1
+
+
+def test_a_cache_that_is_full_is_left_clean(make, monkeypatch, tmp_path):
+    def full(path, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("DSLM_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", full)
+        assert texts_written(make(), monkeypatch, 4)[1] == 1
+    assert list((tmp_path / "cache" / "written").iterdir()) == []
+
+
 def test_windows_go_on_from_openings(make):
     found = calibration(make(bos=True), ["self"], samples=8, length=32, seed=0)
     # The tiny tokenizer knows no English: an opening is the start token and as many unknown words.

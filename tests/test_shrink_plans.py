@@ -194,6 +194,10 @@ def test_the_place_of_a_text_is_nobodys_business(text, name):
         (["t.txt", "a/t.txt", "b/t.txt"], ["t.txt", "a/t.txt", "b/t.txt"]),
         (["a.txt", "./a.txt"], ["a.txt", "a.txt"]),
         (["owner/data", "/x/owner/data.txt"], ["owner/data", "data.txt"]),
+        (["/x/small/wiki.tokens", "/x/large/wiki.tokens"], ["./small/wiki.tokens", "./large/wiki.tokens"]),
+        (["/d/self", "self"], ["./self", "self"]),
+        (["/me/a.txt", "/me//a.txt"], ["a.txt", "a.txt"]),
+        (["/a.txt", "/b/a.txt"], ["a.txt", "b/a.txt"]),
     ],
 )
 def test_texts_of_the_same_name_are_told_apart(texts, names):

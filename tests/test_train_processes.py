@@ -40,7 +40,11 @@ def launch(count: int, launching: list, arguments: list) -> tuple[str, str]:
         )
         for _ in range(count)
     ]
-    said = [one.communicate() for one in running]
+    try:
+        said = [one.communicate(timeout=300) for one in running]
+    finally:
+        for one in running:
+            one.kill()
     assert [one.returncode for one in running] == [0] * count, said
     return "".join(out for out, _ in said), "".join(err for _, err in said)
 
@@ -50,6 +54,7 @@ def test_two_processes_learn_as_one(call, model, data, tmp_path, nodes):
     whole, out = tmp_path / "one", tmp_path / "two"
     assert call("train", model, "-o", whole, "--data", data, *OPTIONS, "--batch-size", 4)[0] == 0
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "test"]
+    meeting += ["--local-addr", "localhost"]
     launching = ["--nnodes", nodes, "--nproc-per-node", 2 // nodes, *meeting]
     train = ["train", model, "-o", out, "--data", data, *OPTIONS, "--batch-size", 2]
     stdout, stderr = launch(nodes, launching, [*AS_MODULE, *train])
@@ -70,5 +75,5 @@ def test_a_grown_model_cut_up_over_processes_learns_from_its_source_as_whole(cal
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert stdout.count("written to") == 1
     assert stderr.count("LlamaDecoderLayer") == 2 * 3  # what FSDP cut up, of each process
-    code, said, _ = call("diff", whole, out)
+    code, said, _ = call("diff", whole, out, "--max-kl", 1e-6)
     assert code == 0, said

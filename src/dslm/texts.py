@@ -52,8 +52,8 @@ def read_rows(source: str, characters: int, progress: Progress | None = None) ->
     """The documents of a source, and in words what it is.
 
     Args:
-        source: a text file, a JSON-lines file with ``text`` or ``messages``, a folder of such files, or the id of a
-            data set on the hub.
+        source: a text file, a JSON-lines file with ``text`` or ``messages``, a folder of such files, or a data set
+            on the hub, ``owner/name[:configuration]``.
         characters: how many are enough, where reading all would take long.
         progress: called with a label, what is read and what there is in all.
 
@@ -134,7 +134,7 @@ def _file_rows(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise RecipeError(
-            f"there is no file {path}", "give a text file or a data set's owner/name"
+            f"there is no file {path}", "give a text file or a data set's owner/name[:configuration]"
         ) from error
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
@@ -225,9 +225,7 @@ def _hub_rows(source: str, characters: int, progress: Progress | None) -> list[R
                 break
     except (HTTPError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = " ".join(str(error).split())[:300]
-        hint = (
-            "check the spelling (owner/name or owner/name:configuration) and the network, or give a text file"
-        )
+        hint = "check the spelling (owner/name[:configuration]) and the network, or give a text file"
         raise RecipeError(f"{source} is no file and cannot be read from the hub: {why}", hint) from error
     if not documents:
         raise RecipeError(f"the data set {source} is empty", "give one with text in it")

@@ -51,17 +51,18 @@ def calibration_names(texts: Sequence[str]) -> list[str]:
     """What card and record call calibration texts: data sets by their ids, files by their names without their places.
 
     Files of the same name keep as many of the folders they are in as tell them apart. A file called as what the model
-    writes itself stays a file.
+    writes itself, or as a data set, stays a file.
     """
-    files = {text: Path(text).parts for text in texts if text != SELF and not names_data_set(text)}
+    paths = {text: Path(text) for text in texts if text != SELF and not names_data_set(text)}
+    files = {text: path.relative_to(path.anchor).parts for text, path in paths.items()}
 
     def name(text: str) -> str:
         if text not in files:
             return text
-        parts, others = files[text], [other for one, other in files.items() if one != text]
+        parts, others = files[text], set(files.values()) - {files[text]}
         enough = (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others))
         found = "/".join(parts[-next(enough, len(parts)) :])
-        return f"./{found}" if found == SELF else found
+        return f"./{found}" if found == SELF or names_data_set(found) else found
 
     return [name(text) for text in texts]
 

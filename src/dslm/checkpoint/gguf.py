@@ -112,7 +112,11 @@ def open_gguf(path: Path, name: str | None = None, progress: Progress | None = N
 
 
 def cache_folder() -> Path:
-    """Where converted models lie: ``DSLM_CACHE``, else ``dslm`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Where is kept what took time: ``DSLM_CACHE``, else ``dslm`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
     if own := os.environ.get("DSLM_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dslm"

@@ -42,7 +42,9 @@ def check_healing(tokens: str | None, data: tuple[str, ...], out: Path | None, *
         check_run(run_folder(out), resume=False, overwrite=overwrite)
     for source in data:
         if not names_data_set(source) and not Path(source).expanduser().exists():
-            raise RecipeError(f"there is no file {source}", "give a text file or a data set's owner/name")
+            raise RecipeError(
+                f"there is no file {source}", "give a text file or a data set's owner/name[:configuration]"
+            )
 
 
 def healing_text(data: tuple[str, ...], plan: Plan) -> tuple[str, ...]:

@@ -69,8 +69,8 @@ def calibration(
     Args:
         checkpoint: the model, opened with its weights.
         texts: each a text file (documents start at lines like `` = Title = ``), a JSON-lines file with ``text`` or
-            ``messages``, the id of a hub data set (the head of its split ``train``), or ``self``: the model writes
-            the text, at temperature 1 (Williams et al. 2024, https://arxiv.org/abs/2410.17170).
+            ``messages``, a hub data set ``owner/name[:configuration]`` (the head of its split ``train``), or ``self``:
+            the model writes the text, at temperature 1 (Williams et al. 2024, https://arxiv.org/abs/2410.17170).
         samples: windows in all, held-out ones included, of each text an equal share; fewer where a text is short.
         length: tokens in a window, cut to the model's positions.
         seed: of the order of documents and of what the model writes.

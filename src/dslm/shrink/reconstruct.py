@@ -27,7 +27,8 @@ from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
 
 ENOUGH = 2
-"""Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
+"""Tokens for each FFN unit below which they are too few to tell what other units or heads make up for; norms choose
+then."""
 
 
 @dataclass(slots=True, eq=False)

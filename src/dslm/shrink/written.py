@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
@@ -52,7 +53,7 @@ def write_windows(
     for begin in range(0, samples, _BATCH):
         rows = written[begin : begin + _BATCH]
         given = [starts[(begin + i) % len(starts)] for i in range(len(rows))]
-        facts = [_FORMAT, torch.__version__, where, begin, given, length, seed]
+        facts = [_FORMAT, torch.__version__, transformers.__version__, where, begin, given, length, seed]
         place = place_of("written", checkpoint, facts)
         if not _fill(rows, read_kept(place), checkpoint.sizes.vocab_size):
             model = _writer(checkpoint, device) if model is None else model
@@ -88,10 +89,22 @@ def _writer(checkpoint: Checkpoint, device: str) -> Any:
 
 
 def write(model: Any, rows: Tensor, given: list[list[int]], generator: torch.Generator) -> Iterator[int]:
-    """Fill ``rows``, token by token, each after what it is given; yields the position that is filled.
+    """Fill some windows, token by token.
 
     Not ``generate``: openings of different lengths need no padding here, an end token does not end a window,
     no setting of the model bends the distribution, and the random numbers are the generator's alone.
+
+    Args:
+        model: a transformers model.
+        rows: int64 ``[windows, length]``, which is filled.
+        given: token ids that each window begins with.
+        generator: draws the others.
+
+    Yields:
+        The position that has been filled in every window.
+
+    Raises:
+        CheckpointError: the model's logits are not numbers.
     """
     for row, start in zip(rows, given, strict=True):
         row[: len(start)] = torch.tensor(start)

@@ -77,8 +77,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._begin, self._first = time.monotonic(), 0
 
     def draw(self) -> None:
-        """Put a picture of the losses so far beside the metrics."""
-        draw_curves(read_metrics(self.path), self.path.with_name(PICTURE))
+        """Put a picture of the losses so far beside the metrics, if there are any."""
+        if metrics := read_metrics(self.path):
+            draw_curves(metrics, self.path.with_name(PICTURE))
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ import torch
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
-from dslm.shrink import select
+from dslm.shrink import reconstruct, select
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.encoder import survey_stream
@@ -45,6 +45,7 @@ RECIPES = {
     "reconstruct": Recipe(),
     "refine": Recipe(refine=100),
     "closed_form": Recipe().closed(),
+    "no_surgeon": Recipe().closed(),
     "no_readers": Recipe(readers=False).closed(),
     "no_drift": Recipe(drift=False).closed(),
     "no_token_weights": Recipe(weigh_tokens=False).closed(),
@@ -159,6 +160,9 @@ def main() -> None:
             with (
                 tempfile.TemporaryDirectory() as folder,
                 mock.patch.object(select, "unit_scores", scores),
+                mock.patch.object(
+                    reconstruct, "ENOUGH", math.inf if method == "no_surgeon" else reconstruct.ENOUGH
+                ),
             ):
                 chosen, begin = (target, recipe.solve), time.perf_counter()
                 if chosen not in layers:  # the ablations share them

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dslm.shrink import select
-from dslm.shrink.select import keep_heads, less_constant, surviving_units, unit_scores
+from dslm.shrink.select import less_constant, surviving_units, unit_scores
 
 DAMPING = 0.1
 
@@ -109,47 +109,3 @@ def test_units_that_hardly_vary_go_first_where_a_bias_makes_up_for_them():
     with_one = torch.cat([x_NM, torch.ones(200, 1)], dim=1).double()
     left = surviving_units(less_constant(with_one.T @ with_one), torch.randn(3, 8, generator=generator), 5)
     assert left.tolist() == [0, 2, 3, 4, 7]
-
-
-def heads_by_brute_force(gram_XX, writer_DX, before, after, width):
-    """Query heads one by one, then whole groups, each time the cheapest once the others were solved for."""
-    (heads, kv_heads), (target_heads, target_kv) = before, after
-    group, gone = heads // kv_heads, []
-    members = {k: range(k * group, (k + 1) * group) for k in range(kv_heads)}
-
-    def features(some):
-        return [head * width + i for head in some for i in range(width)]
-
-    def left(k):
-        return [head for head in members[k] if head not in gone]
-
-    def cost(some):
-        return loss_without(gram_XX, writer_DX, features([*gone, *some]))
-
-    while full := [k for k in members if len(left(k)) > target_heads // target_kv]:
-        gone.append(min((head for k in full for head in left(k)), key=lambda head: cost([head])))
-    while len(members) > target_kv:
-        k = min(members, key=lambda k: cost(left(k)))
-        gone += left(k)
-        del members[k]
-    return [head for k in members for head in left(k)], list(members)
-
-
-@pytest.mark.parametrize("after", [(6, 3), (4, 2), (3, 3), (1, 1), (6, 2)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_heads_go_in_the_order_of_brute_force(seed, after):
-    gram_XX, writer_DX = draw(18, 5, seed=seed)
-    folds = keep_heads(gram_XX.clone(), writer_DX, (9, 3), after, refitted=True)
-    found = [folds[word].keep_T.tolist() for word in ("heads", "kv_heads")]
-    assert found == list(heads_by_brute_force(gram_XX, writer_DX, (9, 3), after, width=2))
-
-
-def test_heads_that_others_make_up_for_lose_less_than_quiet_ones():
-    lost = {True: 0.0, False: 0.0}
-    for seed in range(10):
-        gram_XX, writer_DX = draw(24, 6, seed=seed)
-        for refitted in lost:
-            kept = keep_heads(gram_XX.clone(), writer_DX, (8, 4), (4, 2), refitted=refitted)["heads"].keep_T
-            gone = [3 * head + i for head in range(8) if head not in kept for i in range(3)]
-            lost[refitted] += loss_without(gram_XX, writer_DX, gone)
-    assert lost[True] < 0.9 * lost[False]

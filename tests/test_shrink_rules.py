@@ -13,7 +13,6 @@ import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.families import Family, load_family
 from dslm.shrink import encoder, rebuild, reconstruct, rotate, weights
-from dslm.shrink import select as selection
 from dslm.shrink.fold import select
 from dslm.shrink.select import top
 from dslm.shrink.weights import Stored
@@ -93,8 +92,8 @@ def without_amplitude(choose_channels):
     return lambda scores, power, count: select(choose_channels(scores, power, count).keep_T, len(scores))
 
 
-ANY_HEADS = instead(selection, "choose_heads", any_heads)
-INTERLEAVED = instead(selection, "choose_heads", interleaved_groups)
+ANY_HEADS = instead(reconstruct, "choose_heads", any_heads)
+INTERLEAVED = instead(reconstruct, "choose_heads", interleaved_groups)
 FIRST_LAYERS = instead(weights, "resized_config", first_of_each_list)
 UNSCALED_CHANNELS = instead(encoder, "choose_channels", without_amplitude)
 UNSCALED_DIRECTIONS = instead(

@@ -18,7 +18,7 @@ from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.memo import Memo
 from dslm.shrink.recipe import Recipe
-from dslm.shrink.select import keep_heads, keep_units, less_constant
+from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import Moments, place_of_share, solve, sum_over_processes
 from dslm.shrink.steps import step_towards_logits, step_towards_stream, steps_to_take
 from dslm.shrink.streams import Streams, token_weights
@@ -27,8 +27,7 @@ from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
 
 ENOUGH = 2
-"""Tokens for each FFN unit below which they are too few to tell what other units or heads make up for; norms choose
-then."""
+"""Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,8 +99,9 @@ class Rebuilder:
     def _look_ahead(self, origin: int, shape: Anatomy, streams: Streams) -> None:
         """Run the teacher's block; on the way choose the units and heads that stay."""
         units_change = self.source.intermediate_size != self.target.intermediate_size
-        heads = [(s.num_attention_heads, s.num_key_value_heads) for s in (self.source, self.target)]
-        changes = {True: heads[0] != heads[1], False: units_change}
+        heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
+        heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
+        changes = {True: heads_change, False: units_change}
         watched = [name for name in shape.writers if changes[reads_heads(self.teacher, name)]]
         _, fit = place_of_share(streams.fit)
         enough = fit * streams.teacher.shape[1] >= ENOUGH * self.source.intermediate_size
@@ -127,13 +127,21 @@ class Rebuilder:
             gram_XX = moments.pop(name).summed().gram_XX
             if len(gram_XX) > self.teacher.get(name).shape[1]:
                 gram_XX = less_constant(gram_XX)
-            writer = self.teacher.get(name)
             if reads_heads(self.teacher, name):
-                kept = keep_heads(gram_XX, writer, *heads, refitted=refitted)
+                self._keep_heads(gram_XX, name, origin)
             else:
-                units = keep_units(gram_XX, writer, self.target.intermediate_size, refitted=refitted)
-                kept = {"intermediate": units}
-            self.folds.update({(word, origin): fold for word, fold in kept.items()})
+                writer, count = self.teacher.get(name), self.target.intermediate_size
+                kept = keep_units(gram_XX, writer, count, refitted=refitted)
+                self.folds["intermediate", origin] = kept
+
+    def _keep_heads(self, gram_XX: Tensor, name: str, origin: int) -> None:
+        kept = choose_heads(
+            head_scores(gram_XX, self.teacher.get(name), self.source.num_attention_heads).cpu(),
+            self.source.num_key_value_heads,
+            self.target.num_attention_heads,
+            self.target.num_key_value_heads,
+        )
+        self.folds.update({(word, origin): fold for word, fold in kept.items()})
 
     def _weights(self, stream_ND: Tensor) -> Tensor | None:
         """What tokens count, given the stream behind; None where all count alike."""

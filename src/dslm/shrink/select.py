@@ -4,12 +4,11 @@ Where nothing is refitted the score of a unit is the root mean square of its act
 that writes it ("activation norm times column norm"), the magnitudes of Minitron (arXiv 2407.14679, section 3) with the
 writer's side put in. Where columns are refitted, units go one by one, each time the one that costs least once the
 others have made up for it: the optimal brain surgeon (Hassibi and Stork 1992, "Second order derivatives for network
-pruning") with a unit's column in place of a weight. Heads go likewise, with all columns of a head, or of a key-value
-group, in place of one; where nothing is refitted the score of a head is the root mean square of what it adds to the
+pruning") with a unit's column in place of a weight. The score of a head is the root mean square of what it adds to the
 stream. Tokens may be weighted, and where a bias makes up for the mean only what varies counts.
 
-Shape letters: M FFN units, P units looked at, J units or features that go, H query heads, K key-value heads, G query
-heads of one key-value head, W features of a head, D stream, X what a writer reads.
+Shape letters: M FFN units, P units looked at, J units that go, H query heads, K key-value heads, G query heads of one
+key-value head, D stream, X what a writer reads.
 """
 
 from __future__ import annotations
@@ -155,63 +154,6 @@ def choose_heads(scores_H: Tensor, kv_heads: int, target_heads: int, target_kv: 
     within = best_KG.indices[groups].sort(dim=1).values
     heads = (groups[:, None] * group + within).flatten()
     return {"heads": select(heads, len(scores_H)), "kv_heads": select(groups, kv_heads)}
-
-
-def surviving_heads(
-    gram_XX: Tensor, writer_DX: Tensor, heads: int, kv_heads: int, target_heads: int, target_kv: int
-) -> dict[str, Fold]:
-    """The heads that stay, if the columns of those that stay are refitted; as `surviving_units`, by blocks.
-
-    Leaving out features J costs the trace of ``W_J ((H^-1)_JJ)^-1 W_J^T``. Query heads go first, one by one, each time
-    the one that costs least among the groups that still have too many; then whole key-value groups.
-
-    Args:
-        gram_XX: second moment of the input of the output projection, in float64; it is overwritten.
-        writer_DX: the output projection.
-        heads: H.
-        kv_heads: K.
-        target_heads: query heads to keep.
-        target_kv: key-value heads to keep; it divides ``target_heads``.
-
-    Returns:
-        Folds of ``heads`` and ``kv_heads``.
-    """
-    columns_DX, inverse_XX = writer_DX.double(), _damped_inverse(gram_XX)
-    places_HW = torch.arange(len(gram_XX), device=gram_XX.device).view(heads, -1)
-    group, kept_group = heads // kv_heads, target_heads // target_kv
-    left = {k: list(range(k * group, (k + 1) * group)) for k in range(kv_heads)}
-
-    def loss(gone: list[int]) -> float:
-        own_J = places_HW[gone].flatten()
-        columns_DJ = columns_DX[:, own_J]
-        return float((torch.linalg.solve(inverse_XX[own_J][:, own_J], columns_DJ.T) * columns_DJ.T).sum())
-
-    def let_go(gone: list[int]) -> None:
-        nonlocal columns_DX
-        own_J = places_HW[gone].flatten()
-        share_JX = torch.linalg.solve(inverse_XX[own_J][:, own_J], inverse_XX[own_J])
-        columns_DX = torch.addmm(columns_DX, columns_DX[:, own_J], share_JX, alpha=-1.0)
-        inverse_XX.addmm_(inverse_XX[:, own_J], share_JX, alpha=-1.0)
-
-    while full := [k for k in left if len(left[k]) > kept_group]:
-        k, head = min(((k, head) for k in full for head in left[k]), key=lambda pair: loss([pair[1]]))
-        let_go([head])
-        left[k].remove(head)
-    while len(left) > target_kv:
-        k = min(left, key=lambda k: loss(left[k]))
-        let_go(left.pop(k))
-    kept = torch.tensor([head for k in left for head in left[k]])
-    return {"heads": select(kept, heads), "kv_heads": select(torch.tensor(list(left)), kv_heads)}
-
-
-def keep_heads(
-    gram_XX: Tensor, writer_DX: Tensor, before: tuple[int, int], after: tuple[int, int], *, refitted: bool
-) -> dict[str, Fold]:
-    """Keep so many heads, given the second moment of what the writer reads, which is overwritten."""
-    (heads, kv_heads), (target_heads, target_kv) = before, after
-    if refitted:
-        return surviving_heads(gram_XX, writer_DX, heads, kv_heads, target_heads, target_kv)
-    return choose_heads(head_scores(gram_XX, writer_DX, heads).cpu(), kv_heads, target_heads, target_kv)
 
 
 def choose_channels(scores_D: Tensor, power_D: Tensor, count: int) -> Fold:

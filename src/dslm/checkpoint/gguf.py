@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dslm.checkpoint.reader import Checkpoint, open_folder
+from dslm.checkpoint.user_cache import cache_folder
 from dslm.checkpoint.writer import sync
 from dslm.errors import CheckpointError, MissingExtraError
 from dslm.progress import Progress
@@ -109,17 +109,6 @@ def open_gguf(path: Path, name: str | None = None, progress: Progress | None = N
             "free some space, or set DSLM_CACHE to another folder",
         ) from error
     return open_folder(target, name=name)
-
-
-def cache_folder() -> Path:
-    """Where is kept what took time: ``DSLM_CACHE``, else ``dslm`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
-
-    Raises:
-        RuntimeError: there is no home folder.
-    """
-    if own := os.environ.get("DSLM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dslm"
 
 
 def _fingerprint(path: Path) -> str:

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dslm.checkpoint.gguf import cache_folder
 from dslm.checkpoint.reader import Checkpoint
+from dslm.checkpoint.user_cache import cache_folder
 from dslm.output import headers_hash
 
 _log = logging.getLogger(__name__)

@@ -113,7 +113,6 @@ def train_checkpoint(
     )
     if processes.is_main_process:
         run = run_record(asked, result, base or checkpoint.name)
-        watch.draw()
         _write(checkpoint, asked, ready, state, out, run, overwrite=overwrite or in_place, progress=progress)
     processes.wait_for_everyone()
     return result
@@ -235,13 +234,12 @@ def _run(trainer: Any, watch: Any, point: Path | None) -> tuple[float, float]:
             trainer.train(resume_from_checkpoint=None if point is None else str(point))
         if watch.interrupted:
             raise KeyboardInterrupt
-    except BaseException:
+        found = [line for line in trainer.state.log_history if "eval_perplexity" in line]
+        last = found[-1] if found and found[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+    finally:  # a run that stopped has a picture too
         if trainer.is_world_process_zero():
-            with suppress(OSError):  # what stopped the run is what matters
+            with suppress(OSError):  # a full disk is told by what stopped the run, or by writing the output
                 watch.draw()
-        raise
-    found = [line for line in trainer.state.log_history if "eval_perplexity" in line]
-    last = found[-1] if found and found[-1]["step"] == trainer.state.global_step else trainer.evaluate()
     return found[0]["eval_perplexity"] if found else last["eval_perplexity"], last["eval_perplexity"]
 
 
@@ -285,7 +283,7 @@ def _write(
     from dslm.train.watch import METRICS, PICTURE
 
     folder, lines = run_folder(out), ready.lines
-    extra = {name: folder / name for name in (METRICS, PICTURE)}
+    extra = {name: folder / name for name in (METRICS, PICTURE) if (folder / name).is_file()}
     if asked.adapts:
         adapter = folder / "adapter"
         ready.model.peft_config["default"].base_model_name_or_path = run["base"]

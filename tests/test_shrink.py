@@ -16,12 +16,14 @@ from dslm.plan import plan_shrink
 from dslm.shrink import refine
 from dslm.shrink import steps as steps_module
 from dslm.shrink import walk as walk_module
+from dslm.shrink.calibrate import calibration
 from dslm.shrink.down import shrink_checkpoint
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
+from dslm.shrink_plan import SELF
 from growing import grow, load, logits, off
 
 every_variant = pytest.mark.parametrize(("family", "variant"), pico.CASES, ids=pico.IDS)
@@ -89,6 +91,25 @@ def test_re_reading_beats_cutting_on_other_tokens(family, variant, axis, tmp_pat
         student = torch.log_softmax(logits(load(tmp_path / method, torch.float32), ids), -1)
         found[method] = float((teacher.exp() * (teacher - student)).sum(-1).mean())
     assert found["reconstruct"] < found["slice"]
+
+
+@pytest.mark.parametrize("method", ["slice", "reconstruct"])
+@pytest.mark.parametrize(
+    ("family", "variant", "axis"),
+    [("llama", "gqa-tied", "hidden"), ("phi", "mha", "layers"), ("gemma2", "windows-softcaps", "all")],
+)
+def test_what_is_reported_is_the_loss_of_what_was_written(family, variant, axis, method, tmp_path):
+    """In the source's dtype: what rounding costs is in the report, and blocks are fitted behind rounded ones."""
+    model = pico.make_model(family, variant).bfloat16()
+    source = open_folder(pico.save(model, tmp_path / "source"))
+    target = shrinking.draw_smaller(source, axis, random.Random(axis))
+    assert target is not None
+    done = shrinking.down(source, tmp_path / "out", target, method=method)
+    text = calibration(source, [SELF], samples=24, length=20, seed=0)
+    walk = Walk(Stored(open_folder(tmp_path / "out")))
+    logits_BTV = shrinking.rebuilt_logits(walk, text.held_out)[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), text.held_out[:, 1:].flatten())
+    assert done.losses["held-out"][1] == pytest.approx(float(loss), rel=1e-7)
 
 
 def test_the_same_plan_gives_the_same_bytes(tmp_path):

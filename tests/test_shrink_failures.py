@@ -155,7 +155,7 @@ def test_a_number_too_large_for_the_dtype_is_named(out, tmp_path, capsys, monkey
     monkeypatch.setattr(rebuild.Rebuilt, "read", lambda found, name: read(found, name) * grown.get(name, 1))
     with nothing_happens(tmp_path):
         line = refused(capsys, source, out, "--refine", "0", *(["--overwrite"] if out.exists() else []))
-    assert "'model.norm.weight' has numbers too large for F16, the dtype of the source" in line
+    assert "'model.norm.weight' has numbers too large for float16, the dtype of the output" in line
 
 
 # ---------------------------------------------------------------- Ctrl-C

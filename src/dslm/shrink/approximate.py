@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def approximate(
     folder: Path,
     *,
     recipe: Recipe,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Rebuilt:
@@ -41,6 +43,7 @@ def approximate(
         windows: calibration and check tokens, all of one length.
         folder: where finished blocks go, and streams too large for memory.
         recipe: how blocks are rebuilt.
+        dtypes: what each of the model's tensors is kept in, by name; None for float32.
         device: one of `dslm.load.DEVICES`.
         progress: called with a label, what is done and what there is in all.
 
@@ -65,8 +68,9 @@ def approximate(
             weights, target, stream, windows, folder, recipe=recipe, device=where, progress=progress
         )
         return rebuild(
-            weights, target, layers, stream, windows, folder, recipe=recipe, device=where, progress=progress
-        )
+            weights, target, layers, stream, windows, folder, recipe=recipe, dtypes=dtypes, device=where,
+            progress=progress,
+        )  # fmt: skip
 
 
 def choose_layers(

@@ -14,7 +14,6 @@ import torch
 from dslm.checkpoint.config import with_dtype
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned, folder_above
-from dslm.errors import VerificationError
 from dslm.families import Family, Tensor
 from dslm.families.family import Config
 from dslm.output import check_place, planned, write_output
@@ -25,7 +24,7 @@ from dslm.shrink.calibrate import calibration, check_windows
 from dslm.shrink.rebuild import Windows
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
-from dslm.shrink.weights import Folded, Stored, Weights
+from dslm.shrink.weights import Folded, Stored, Weights, stored
 from dslm.shrink_plan import check_groups
 from dslm.sizes import Sizes, count_parameters
 
@@ -118,7 +117,7 @@ def shrink_checkpoint(
         checks["check"] = check_windows(source, check, length=length, limit=CHECK_WINDOWS)
     reduced = exact_stage(Stored(source), plan.target, progress=progress)
     if Sizes.from_config(reduced.weights.family, reduced.weights.config) != plan.target:
-        beside = sum(4 * math.prod(shape) for shape in _rebuilt_shapes(source.family, final))
+        beside = _beside(source.family, final, tensors)
         check_place(source, tensors, out, overwrite=overwrite, beside=beside)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=folder_above(out)) as scratch:
         smaller = _smaller(source, reduced.weights, plan, checks, Path(scratch), device, progress)
@@ -132,13 +131,7 @@ def shrink_checkpoint(
             whole = smaller.weights.read(tensor.name)
             step = max(1, _CHUNK_BYTES * len(whole) // max(1, target.nbytes))
             for i in range(0, len(whole), step):
-                some = whole[i : i + step].to(torch_dtype(target.dtype))
-                if not torch.isfinite(some).all():
-                    raise VerificationError(
-                        f"{tensor.name!r} has numbers too large for {target.dtype}, the dtype of the source",
-                        "convert the source to bfloat16 or float32 first",
-                    )
-                yield some
+                yield stored(tensor.name, whole[i : i + step], torch_dtype(target.dtype))
 
         write_output(
             source,
@@ -168,15 +161,13 @@ def shrink_checkpoint(
     )
 
 
-def _rebuilt_shapes(family: Family, config: Config) -> Iterator[tuple[int, ...]]:
-    """Shapes of the finished tensors that lie beside the output in float32: blocks, the last one twice, and a head."""
-    lines = family.layout(config).values()
-    last = max(line.layer for line in lines if line.layer is not None)
-    for line in lines:
-        if line.layer is not None or line.name == family.head:
-            yield line.shape
-        if line.layer == last:
-            yield line.shape
+def _beside(family: Family, config: Config, tensors: list[Planned]) -> int:
+    """Bytes of the finished tensors that lie beside the output: blocks, the last one twice, and a head."""
+    layout = family.layout(config)
+    last = max(line.layer for line in layout.values() if line.layer is not None)
+    times = {name: int(line.layer is not None) + int(line.layer == last) for name, line in layout.items()}
+    times[family.head] = 1
+    return sum(times[tensor.name] * tensor.nbytes for tensor in tensors)
 
 
 def _smaller(
@@ -208,7 +199,12 @@ def _smaller(
     )
     windows = Windows(text.train, text.held_out, checks)
     recipe = Recipe.with_steps(asked["refine"], solve="slice" not in plan.methods.values())
-    found = approximate(weights, target, windows, folder, recipe=recipe, device=device, progress=progress)
+    origins = weights.layers if isinstance(weights, Folded) else None
+    tensors = planned(source, weights.config, plan.dtype, origins)
+    dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in tensors}
+    found = approximate(
+        weights, target, windows, folder, dtypes=dtypes, recipe=recipe, device=device, progress=progress
+    )
     return _Smaller(found, found.base.layers, found.losses, found.errors, text.train.numel(), text.origin)
 
 

@@ -6,7 +6,7 @@ Shape letters: B windows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from dslm.shrink.recipe import Recipe
 from dslm.shrink.reconstruct import Rebuilder
 from dslm.shrink.streams import Streams, empty_stream
 from dslm.shrink.walk import Walk, mean_loss
-from dslm.shrink.weights import Folded, Weights
+from dslm.shrink.weights import Folded, Weights, as_kept, stored
 from dslm.sizes import Sizes
 
 
@@ -55,12 +55,14 @@ class Rebuilt:
     Attributes:
         base: the folded source.
         files: tensor name -> the file that holds it.
+        dtypes: tensor name -> what it is kept in; empty for float32.
         losses: text -> mean cross-entropy in nats per token before and after.
         errors: relative squared error of the stream after each block, on held-out windows.
     """
 
     base: Folded
     files: Mapping[str, Path]
+    dtypes: Mapping[str, torch.dtype]
     losses: Mapping[str, tuple[float, float]]
     errors: tuple[float, ...]
 
@@ -75,12 +77,12 @@ class Rebuilt:
         return self.base.config
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """A whole tensor, as it is kept, in float32 or wider."""
         if name not in self.files:
-            return self.base.read(name)
+            return as_kept(name, self.base.read(name), self.dtypes)
         with safe_open(self.files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
-            return tensor
+            return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
 @dataclass(slots=True, eq=False)
@@ -91,15 +93,20 @@ class _Run:
     student: Walk
     streams: Streams
     folder: Path
-    files: dict[str, Path] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype]
+    files: dict[str, Path]
 
     def keep(self, label: str, tensors: Mapping[str, Tensor]) -> None:
         """Put finished tensors on disk."""
         if not tensors:
             return
         path = self.folder / f"{label}.safetensors"
+        kept = {
+            name: stored(name, tensor, self.dtypes.get(name, tensor.dtype)).contiguous()
+            for name, tensor in tensors.items()
+        }
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            save_file(kept, path)
         except SafetensorError as error:  # what it says of a full disk too
             raise CheckpointError(
                 f"cannot write into {self.folder.parent}: {error}", "free some space and try again"
@@ -116,6 +123,7 @@ def rebuild(
     folder: Path,
     *,
     recipe: Recipe | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Rebuilt:
@@ -131,13 +139,21 @@ def rebuild(
         windows: calibration and check tokens, all of one length.
         folder: where finished blocks go, and streams too large for memory.
         recipe: how blocks are rebuilt.
+        dtypes: what each tensor is kept in, by its name in the source: each block is rounded before the next one is
+            fitted. None for float32.
         device: where the models run.
         progress: called with a label, blocks done and blocks in all.
     """
     before = Sizes.from_config(source.family, source.config)
     folds: dict[Key, Fold] = {}
     base = Folded(source, target, layers, folds, stream)
-    teacher, student = Walk(source, device), Walk(base, device)
+    kept = {}
+    if dtypes is not None:
+        table = dtypes[source.family.embedding]  # that of a head that was tied
+        kept = {name: dtypes.get(base.origin(name), table) for name in base.family.layout(base.config)}
+    files: dict[str, Path] = {}
+    finished = Rebuilt(base, files, kept, {}, ())  # the student is read from where its blocks are put
+    teacher, student = Walk(source, device), Walk(finished, device)
     tokens = windows.all
     streams = Streams(
         teacher=_embedded(teacher, tokens, folder, "teacher"),
@@ -146,8 +162,7 @@ def rebuild(
         fit=len(windows.fit),
         held_out=len(windows.held_out),
     )
-    run = _Run(teacher, student, streams, folder)
-    student.weights = Rebuilt(base, run.files, {}, ())  # what is finished is read from where it was put
+    run = _Run(teacher, student, streams, folder, kept, files)
     used = len(windows.fit) + len(windows.held_out), tokens.shape[1]
     rebuilder = Rebuilder(
         teacher,
@@ -159,6 +174,7 @@ def rebuild(
         recipe or Recipe(),
         Memo(teacher, used, folder, "heads"),
         Memo(student, used, folder, "heads-anew"),
+        kept,
         progress,
     )
     behind = (0, *(layer + 1 for layer in layers[:-1]))
@@ -170,7 +186,7 @@ def rebuild(
     if rebuilder.recipe.solve:
         run.keep("head", fit_head(teacher, student, stream, streams, rebuilder.recipe))
     run.keep("end", rebuilder.finish(len(layers) - 1, streams))
-    return Rebuilt(base, run.files, _losses(run, windows), tuple(rebuilder.errors))
+    return Rebuilt(base, run.files, kept, _losses(run, windows), tuple(rebuilder.errors))
 
 
 def _embedded(walk: Walk, ids_BT: Tensor, folder: Path, name: str) -> Tensor:

@@ -9,6 +9,7 @@ Shape letters: B windows, T tokens, N tokens of a batch, D hidden size, X input 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ from dslm.shrink.steps import step_towards_logits, step_towards_stream, steps_to
 from dslm.shrink.streams import Streams, token_weights
 from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, reads_heads, tap, watch, with_one
 from dslm.shrink.walk import Walk
+from dslm.shrink.weights import as_kept
 from dslm.sizes import Sizes
 
 ENOUGH = 2
@@ -44,6 +46,7 @@ class Rebuilder:
         recipe: how blocks are rebuilt.
         teacher_memo: what the teacher's attention makes of each window, for the block at hand.
         student_memo: the same of the student's, once the matrices before it are solved.
+        dtypes: the student's tensor -> what it is kept in; empty for float32.
         progress: called with a label, steps done and steps in all, while a block takes steps.
         errors: relative squared error of the student's stream after each block, on held-out windows.
     """
@@ -57,6 +60,7 @@ class Rebuilder:
     recipe: Recipe
     teacher_memo: Memo
     student_memo: Memo
+    dtypes: Mapping[str, torch.dtype]
     progress: Progress | None = None
     errors: list[float] = field(default_factory=list)
 
@@ -241,9 +245,13 @@ class Rebuilder:
         for name, solution in found.items():
             weight_YX = solution.weight_YX
             if bias := bias_of(self.student, name):
-                self.student.put(bias, weight_YX[:, -1].clone())
+                self._put(bias, weight_YX[:, -1].clone())
                 weight_YX = weight_YX[:, :-1]
-            self.student.put(name, weight_YX.contiguous())
+            self._put(name, weight_YX.contiguous())
+
+    def _put(self, name: str, values: Tensor) -> None:
+        """Give a tensor of the student the numbers that it will be kept with."""
+        self.student.put(name, as_kept(name, values, self.dtypes))
 
     def _step(self, layer: int, streams: Streams, most: int, *, astray: bool) -> None:
         """Train a block towards where the teacher's stream goes, in so many steps of its own at most."""
@@ -259,6 +267,8 @@ class Rebuilder:
                 astray=astray,
                 progress=self.progress,
             )
+            for name in self.student.names(layer):
+                self._put(name, self.student.get(name))
 
     def finish(self, layer: int, streams: Streams) -> dict[str, Tensor]:
         """Train the last block, and the norm behind it, towards what the teacher says; both streams are behind it.
@@ -281,6 +291,8 @@ class Rebuilder:
                 self.teacher, self.student, layer, streams, steps=steps, progress=self.progress
             )
             if names:
+                for name in names:
+                    self._put(name, self.student.get(name))
                 self.errors.pop()
                 self._pass(layer, streams)
             return {name: self.student.get(name).cpu() for name in names}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dslm.checkpoint.config import listed_config, resized_config
 from dslm.checkpoint.reader import Checkpoint
+from dslm.errors import VerificationError
 from dslm.families import Family
 from dslm.families import Tensor as TableTensor
 from dslm.families.axes import Role
@@ -99,12 +100,16 @@ class Folded:
         weights = self.base if self.sizes.tied else TwoTables(self.base)
         return weights if self.stream is None else self.stream.prepared(weights)
 
+    def origin(self, name: str) -> str:
+        """The name that a tensor has in the base."""
+        line = self._layout[name]
+        return name if line.layer is None else line.in_layer(self.layers[line.layer])
+
     def read(self, name: str) -> Tensor:
         """A whole tensor of the smaller model."""
         family, config = self.family, self.base.config
-        line = self._layout[name]
+        line, origin = self._layout[name], self.origin(name)
         layer = None if line.layer is None else self.layers[line.layer]
-        origin = name if layer is None else line.in_layer(layer)
         weight = self._prepared.read(origin)
         weight = fold_tensor(family, line, weight, layer, self.folds, self.stream, family.dimensions(config))
         before, after = Sizes.from_config(family, config), self.sizes
@@ -144,6 +149,30 @@ class TwoTables:
         """A whole tensor."""
         made = name == self.family.head and self.family.is_tied(self.config)
         return self.base.read(self.family.embedding if made else name)
+
+
+def stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of a tensor as a dtype keeps them.
+
+    Raises:
+        VerificationError: some are too large for it.
+    """
+    kept = values.to(dtype)
+    if not torch.isfinite(kept).all():
+        raise VerificationError(
+            f"{name!r} has numbers too large for {str(dtype).removeprefix('torch.')}, the dtype of the output",
+            "convert the source to bfloat16 or float32 first",
+        )
+    return kept
+
+
+def as_kept(name: str, values: Tensor, dtypes: Mapping[str, torch.dtype]) -> Tensor:
+    """The numbers of a tensor after they were put into the dtype of that name, and back; unchanged if there is none.
+
+    Raises:
+        VerificationError: some are too large for it.
+    """
+    return stored(name, values, dtypes[name]).to(values.dtype) if name in dtypes else values
 
 
 def table_on_stream(family: Family, config: Config) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.families import Family, load_family
-from dslm.shrink import encoder, rebuild, reconstruct, rotate, weights
+from dslm.shrink import encoder, rebuild, reconstruct, rotate, weights, writers
 from dslm.shrink.fold import select
 from dslm.shrink.select import top
 from dslm.shrink.weights import Stored
@@ -183,15 +183,45 @@ def sinks(model: PreTrainedModel) -> None:
     model.model.layers[0].mlp.up_proj.weight[:, 0] *= 300
 
 
-ALL_ADD = instead(Family, "writers_add", lambda _: lambda family, config: True)
+def branch_gains(model: PreTrainedModel, change) -> None:
+    """Change the gains of the norms between writers and stream, of each layer; Gemma keeps them as gain - 1."""
+    stored = 1.0 if model.config.model_type.startswith("gemma") else 0.0
+    for number, layer in enumerate(model.model.layers):
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.copy_(change(number, norm.weight + stored) - stored)
+
+
+def uneven_gains(model: PreTrainedModel) -> None:
+    """From channel to channel the gains differ, as they do in trained models."""
+    draw = torch.Generator().manual_seed(3)
+    branch_gains(model, lambda number, gain: gain * torch.randn(len(gain), generator=draw).exp())
+
+
+def louder_again(model: PreTrainedModel) -> None:
+    """The middle layer adds nearly what the first one did, four times over."""
+    model.model.embed_tokens.weight *= 30  # beside which the first layer changes little
+    model.model.layers[1].load_state_dict(model.model.layers[0].state_dict())
+    branch_gains(model, lambda number, gain: gain * 4 if number == 1 else gain)
+
+
+NO_NORM = instead(writers, "before_norm", lambda _: lambda wanted, usual, gain, weight: (wanted, weight))
+GAIN_STAYS = instead(writers.Writer, "refit_gain", lambda _: lambda writer, streams, ridges: None)
 WITH_MEAN = instead(reconstruct, "less_constant", lambda _: lambda gram: gram[:-1, :-1])
-NO_BIAS = instead(reconstruct, "bias_of", lambda _: lambda walk, name: None)
+
+
+def no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (reconstruct, writers):
+        monkeypatch.setattr(module, "bias_of", lambda walk, name: None)
+
+
 ALL_ALIKE = instead(rebuild, "Recipe", lambda recipe: lambda: recipe(weigh_tokens=False))
 UNITS = {"intermediate_size": 24}
 FITS = {
-    "a norm behind the writers": Rule("olmo2", "mha", ALL_ADD, UNITS, worse=1.4),
-    "norms on both sides": Rule("gemma2", "windows-softcaps", ALL_ADD, UNITS, worse=1.25),
-    "biases are fitted": Rule("llama", "biases", NO_BIAS, TWO_LAYERS, constant_block, worse=10),
+    "a norm behind the writers": Rule("olmo2", "mha", NO_NORM, UNITS, uneven_gains, worse=1.4),
+    "norms on both sides": Rule("gemma2", "windows-softcaps", NO_NORM, UNITS, uneven_gains, worse=1.4),
+    "its gain follows": Rule("olmo2", "mha", GAIN_STAYS, TWO_LAYERS, louder_again, worse=1.7),
+    "its gain and one follow": Rule("gemma3_text", "windows", GAIN_STAYS, TWO_LAYERS, louder_again, worse=2),
+    "biases are fitted": Rule("llama", "biases", no_bias, TWO_LAYERS, constant_block, worse=10),
     "a bias makes up for means": Rule("llama", "biases", WITH_MEAN, UNITS, constant_units, worse=1.5),
     "large tokens count no more": Rule("llama", "mha", ALL_ALIKE, UNITS, sinks, worse=10),
 }

@@ -26,6 +26,7 @@ from dslm.shrink.streams import Streams, token_weights
 from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, reads_heads, tap, watch, with_one
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import as_kept
+from dslm.shrink.writers import Writer, side
 from dslm.sizes import Sizes
 
 ENOUGH = 2
@@ -187,48 +188,28 @@ class Rebuilder:
         return rows if fold is None else fold.write(rows, 0)
 
     def _solve_writer(self, name: str, shape: Anatomy, layer: int, origin: int, streams: Streams) -> None:
-        """A matrix that writes the stream aims at where the teacher's stream goes."""
-        own = _moved(name, origin, layer)
-        prior_YX = _affine(self.student, own)
+        """A matrix that writes the stream aims at where the teacher's stream goes; so does the norm behind it."""
+        position, family = shape.writers.index(name), self.teacher.weights.family
+        own = [_moved(writer, origin, layer) for writer in shape.writers]
+        writer = Writer(
+            side(self.teacher, origin, shape.writers, position, self.teacher_memo),
+            side(self.student, layer, own, position, self.student_memo),
+            last=position == len(own) - 1,
+            follows=self.recipe.drift and family.keeps_stream(self.teacher.weights.config),
+            encoded=self._encoded,
+            weighted=self._weights,
+        )
+        prior_YX = _affine(self.student, own[position])
         sums = {
             fit: Moments.zero(prior_YX.shape[1], len(prior_YX), self.student.device) for fit in (True, False)
         }
         for windows, fit in streams.used():
-            x_NX, target_NY = self._writer_pair(name, shape, layer, origin, streams, windows)
-            weight_N = self._weights(streams.ahead[windows].flatten(0, 1).to(x_NX.device))
-            sums[fit].add(x_NX, target_NY, weight_N)
-        self._accept({fit: one.summed() for fit, one in sums.items()}, prior_YX, [own])
-
-    def _writer_pair(
-        self, name: str, shape: Anatomy, layer: int, origin: int, streams: Streams, windows: slice
-    ) -> tuple[Tensor, Tensor]:
-        """What the student's writer reads, and what it should write, for some windows."""
-        position = shape.writers.index(name)
-        is_last = position == len(shape.writers) - 1
-        weights = self.teacher.weights
-        aims_at_stream = weights.family.writers_add(weights.config) and self.recipe.drift
-        before = [_moved(n, origin, layer) for n in shape.writers[:position]] if aims_at_stream else []
-        own = _moved(name, origin, layer)
-        hidden = streams.student[windows].to(self.student.device)
-        with self.student_memo.of(windows):
-            seen = tap(self.student, layer, hidden, inputs=[own], outputs=before)
-        x_NX = with_one(seen[own]) if bias_of(self.student, own) else seen[own]
-        teacher_hidden = streams.teacher[windows].to(self.teacher.device)
-        if aims_at_stream and is_last:
-            goal_ND = streams.ahead[windows].flatten(0, 1).to(self.teacher.device)
-        else:
-            outputs = shape.writers[: position + 1] if aims_at_stream else [name]
-            with self.teacher_memo.of(windows):
-                given = tap(self.teacher, origin, teacher_hidden, outputs=outputs)
-            goal_ND = torch.stack(list(given.values())).sum(dim=0)
-            if aims_at_stream:
-                goal_ND = goal_ND + teacher_hidden.flatten(0, 1)
-        target_NY = self._encoded(goal_ND)
-        if aims_at_stream:
-            target_NY = target_NY - hidden.flatten(0, 1)
-            for earlier in before:
-                target_NY = target_NY - seen[earlier + ":out"]
-        return x_NX, target_NY
+            sums[fit].add(*writer.regression(streams, windows))
+        self._accept({fit: one.summed() for fit, one in sums.items()}, prior_YX, [own[position]])
+        gain_Y = writer.refit_gain(streams, self.recipe.ridges)
+        if gain_Y is not None:
+            assert writer.student.norm is not None, "whose gain it is"
+            self._put(writer.student.norm, gain_Y)
 
     def _encoded(self, hidden_ND: Tensor) -> Tensor:
         """The teacher's stream as the student carries it."""

@@ -182,11 +182,12 @@ def tap(
     found: dict[str, Tensor] = {}
     wanted = len(inputs) + len(outputs)
     handles = []
-    for module, name in walk.linears(layer).items():
-        if name in inputs:
-            handles.append(module.register_forward_pre_hook(_on_input(found, name, wanted)))
-        if name in outputs:
-            handles.append(module.register_forward_hook(_on_output(found, name, wanted)))
+    for name in inputs:
+        module, _ = walk.places[name].owners[0]
+        handles.append(module.register_forward_pre_hook(_on_input(found, name, wanted)))
+    for name in outputs:
+        module, _ = walk.places[name].owners[0]
+        handles.append(module.register_forward_hook(_on_output(found, name, wanted)))
     try:
         walk.run(layer, hidden_BTD)
     except Stop:

@@ -3,8 +3,8 @@
 A block that is rebuilt before a gap aims at the teacher's stream behind it, so what counts is not what a layer does but
 what of it that block cannot do. Each gap is bridged by refitting the last writer of the block before it, and the loss
 of the bridged model decides. Where a norm stands between a writer and the stream (OLMo-2, Gemma 2 and 3) no linear map
-says what a block can do, and nothing is bridged. That whole runs of layers are nearly linear maps is the observation of Gromov
-et al. (https://arxiv.org/abs/2403.17887) and Razzhigaev et al. (https://arxiv.org/abs/2405.12250).
+says what a block can do, and nothing is bridged. That whole runs of layers are nearly linear maps is the observation of
+Gromov et al. (https://arxiv.org/abs/2403.17887) and Razzhigaev et al. (https://arxiv.org/abs/2405.12250).
 
 Shape letters: B windows, T tokens, N tokens of all windows, D hidden size, X what the last writer of a block reads.
 """

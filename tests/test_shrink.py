@@ -163,7 +163,7 @@ def test_dropped_layers_are_made_up_for_by_the_block_before_them(family, variant
 def test_a_block_before_a_gap_learns_what_is_gone(family, variant, tmp_path):
     """Its few steps do what no choice of its writers can, in front of a norm too."""
     source = shrinking.make_source(tmp_path / "source", family, variant)
-    target, windows = source.sizes.replace(num_hidden_layers=2), shrinking.windows(fit=64)
+    target, windows = source.sizes.replace(num_hidden_layers=2), shrinking.windows(fit=256)
     errors = {}
     for steps in (0, 300):
         found = rebuild(

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.errors import SizeError
@@ -76,9 +76,9 @@ def fresh(family: str, place: Path) -> str:
     return str(place)
 
 
-def windows_of(text: str, count: int, draw: torch.Generator) -> torch.Tensor:
-    """Windows from anywhere in a text, as bytes."""
-    ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+def windows_of(tokenizer, text: str, count: int, draw: torch.Generator) -> torch.Tensor:
+    """Windows from anywhere in a text."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     starts = torch.randperm(len(ids) // LENGTH - 1, generator=draw)[:count] * LENGTH
     return torch.stack([ids[start : start + LENGTH] for start in starts.tolist()])
 
@@ -121,9 +121,11 @@ def main() -> None:
         modules = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
         first = len(modules) // 2
         data.write_text("\n".join(json.dumps({"text": text}) for text in modules[:first]), encoding="utf-8")
-        draw = torch.Generator().manual_seed(0)
-        seen = windows_of("".join(modules[:first]), asked.windows + 16, draw)
-        other = windows_of("".join(modules[first:]), 64, draw)
+        draw, byte_tokens = torch.Generator().manual_seed(0), place / "tokenizer"
+        save_byte_tokenizer(byte_tokens)
+        tokenizer = AutoTokenizer.from_pretrained(byte_tokens)
+        seen = windows_of(tokenizer, "".join(modules[:first]), asked.windows + 16, draw)
+        other = windows_of(tokenizer, "".join(modules[first:]), 64, draw)
         windows = Windows(seen[16:], seen[:16], {"other": other})
         for family in asked.families:
             learn(fresh(family, place / "fresh"), place / "out", data, tokens, 2e-3, 0)

@@ -15,6 +15,7 @@ from dslm.families import Family, load_family
 from dslm.shrink import encoder, rebuild, reconstruct, rotate, weights, writers
 from dslm.shrink.fold import select
 from dslm.shrink.select import top
+from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 from growing import grow, load, logits, off
 from pico import make_model, read_config, save, tokens
@@ -197,6 +198,11 @@ def uneven_gains(model: PreTrainedModel) -> None:
     branch_gains(model, lambda number, gain: gain * torch.randn(len(gain), generator=draw).exp())
 
 
+def narrow_and_uneven(model: PreTrainedModel) -> None:
+    uneven_gains(model)
+    quiet_channels(model)
+
+
 def louder_again(model: PreTrainedModel) -> None:
     """The middle layer adds nearly what the first one did, four times over."""
     model.model.embed_tokens.weight *= 30  # beside which the first layer changes little
@@ -204,7 +210,7 @@ def louder_again(model: PreTrainedModel) -> None:
     branch_gains(model, lambda number, gain: gain * 4 if number == 1 else gain)
 
 
-NO_NORM = instead(writers, "before_norm", lambda _: lambda wanted, usual, gain, weight: (wanted, weight))
+NO_NORM = instead(writers, "before_norm", lambda _: lambda wanted, usual, gain, eps, weight: (wanted, weight))
 GAIN_STAYS = instead(writers.Writer, "refit_gain", lambda _: lambda writer, streams, ridges: None)
 WITH_MEAN = instead(reconstruct, "less_constant", lambda _: lambda gram: gram[:-1, :-1])
 
@@ -219,6 +225,9 @@ UNITS = {"intermediate_size": 24}
 FITS = {
     "a norm behind the writers": Rule("olmo2", "mha", NO_NORM, UNITS, uneven_gains, worse=1.4),
     "norms on both sides": Rule("gemma2", "windows-softcaps", NO_NORM, UNITS, uneven_gains, worse=1.4),
+    "norms of fewer channels": Rule(
+        "gemma2", "windows-softcaps", NO_NORM, NARROW, narrow_and_uneven, worse=5
+    ),
     "its gain follows": Rule("olmo2", "mha", GAIN_STAYS, TWO_LAYERS, louder_again, worse=1.7),
     "its gain and one follow": Rule("gemma3_text", "windows", GAIN_STAYS, TWO_LAYERS, louder_again, worse=2),
     "biases are fitted": Rule("llama", "biases", no_bias, TWO_LAYERS, constant_block, worse=10),
@@ -233,10 +242,13 @@ def test_a_fit_needs_the_rule(rule, tmp_path, monkeypatch):
     source = open_folder(tmp_path)
     target = source.sizes.replace(**rule.sizes)
     layers = (0, 2) if target.num_hidden_layers == 2 else (0, 1, 2)
+    windows, stream = shrinking.windows(fit=64), None
+    if "hidden_size" in rule.sizes:
+        survey = encoder.survey_stream(Walk(Stored(source)), windows.fit, tied=target.tied)
+        stream = survey.encoder(target.hidden_size)
 
     def error() -> float:
-        windows = shrinking.windows(fit=64)
-        return sum(rebuild.rebuild(Stored(source), target, layers, None, windows, tmp_path).errors)
+        return sum(rebuild.rebuild(Stored(source), target, layers, stream, windows, tmp_path).errors)
 
     with_rule = error()
     rule.without(monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import pico
 import shrinking
@@ -31,4 +32,9 @@ def test_the_table_says_what_adds_to_the_stream(family, variant, tmp_path):
     table, config = walk.weights.family, walk.weights.config
     assert missing(adds) < 1e-4 if table.keeps_stream(config) else missing(adds) > 1e-2
     assert missing(writers) < 1e-4 if table.writers_add(config) else missing(writers) > 1e-2
+    for writer, norm in zip(writers, adds, strict=True):
+        if writer != norm:
+            with walk.block(0):
+                behind = tap(walk, 0, stream, inputs=[norm])[norm]
+            assert torch.equal(behind, given[f"{writer}:out"]), "the norm behind this writer"
     assert len(writers) == 2

@@ -205,7 +205,8 @@ class Rebuilder:
         }
         for windows, fit in streams.used():
             sums[fit].add(*writer.regression(streams, windows))
-        self._accept({fit: one.summed() for fit, one in sums.items()}, prior_YX, [own[position]])
+        moments = {fit: one.summed() for fit, one in sums.items()}
+        self._accept(moments, prior_YX, [own[position]], writer.outputs_count())
         gain_Y = writer.refit_gain(streams, self.recipe.ridges)
         if gain_Y is not None:
             assert writer.student.norm is not None, "whose gain it is"
@@ -215,14 +216,21 @@ class Rebuilder:
         """The teacher's stream as the student carries it."""
         return hidden_ND if self.stream is None else self.stream.write(hidden_ND, -1)
 
-    def _accept(self, moments: dict[bool, Moments], prior_YX: Tensor, names: list[str]) -> None:
+    def _accept(
+        self,
+        moments: dict[bool, Moments],
+        prior_YX: Tensor,
+        names: list[str],
+        count_Y: Tensor | None = None,
+    ) -> None:
         """Solve for some matrices that read the same input, and put the results in place."""
         parts, start = {}, 0
         for name in names:
             stop = start + len(self.student.get(name))
             parts[name] = slice(start, stop)
             start = stop
-        found = solve(moments[True], moments[False], prior_YX, parts, ridges=self.recipe.ridges)
+        fit, held_out = moments[True], moments[False]
+        found = solve(fit, held_out, prior_YX, parts, ridges=self.recipe.ridges, count_Y=count_Y)
         for name, solution in found.items():
             weight_YX = solution.weight_YX
             if bias := bias_of(self.student, name):
@@ -232,7 +240,10 @@ class Rebuilder:
 
     def _put(self, name: str, values: Tensor) -> None:
         """Give a tensor of the student the numbers that it will be kept with."""
-        self.student.put(name, as_kept(name, values, self.dtypes))
+        self.student.put(name, self._kept(name, values))
+
+    def _kept(self, name: str, values: Tensor) -> Tensor:
+        return as_kept(name, values, self.dtypes)
 
     def _step(self, layer: int, streams: Streams, most: int, *, astray: bool) -> None:
         """Train a block towards where the teacher's stream goes, in so many steps of its own at most."""
@@ -246,10 +257,9 @@ class Rebuilder:
                 self._encoded,
                 steps=steps,
                 astray=astray,
+                kept=self._kept,
                 progress=self.progress,
             )
-            for name in self.student.names(layer):
-                self._put(name, self.student.get(name))
 
     def finish(self, layer: int, streams: Streams) -> dict[str, Tensor]:
         """Train the last block, and the norm behind it, towards what the teacher says; both streams are behind it.
@@ -269,11 +279,15 @@ class Rebuilder:
         with self.student.block(layer), self.teacher.head(), self.student.head():
             self.student_memo.turn_to(layer, None)
             names = step_towards_logits(
-                self.teacher, self.student, layer, streams, steps=steps, progress=self.progress
+                self.teacher,
+                self.student,
+                layer,
+                streams,
+                steps=steps,
+                kept=self._kept,
+                progress=self.progress,
             )
             if names:
-                for name in names:
-                    self._put(name, self.student.get(name))
                 self.errors.pop()
                 self._pass(layer, streams)
             return {name: self.student.get(name).cpu() for name in names}

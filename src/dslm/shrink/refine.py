@@ -39,6 +39,10 @@ Loss = Callable[[Tensor, Tensor, Tensor | slice], Tensor]
 over the windows of each one's mean loss, a scalar."""
 
 
+Kept = Callable[[str, Tensor], Tensor]
+"""From a tensor's name and numbers to the numbers that it will be kept with."""
+
+
 def steps_for(windows: int, length: int, passes: int) -> int:
     """Steps in which so many windows of one length are seen so often at most, but one step at least."""
     return max(1, passes * windows // batch_of(length))
@@ -104,6 +108,7 @@ def refine(
     positions: int | None = None,
     beside: Sequence[str] = (),
     seed: int = 0,
+    kept: Kept = lambda name, values: values,
     progress: Progress | None = None,
 ) -> tuple[float, float]:
     """Train a loaded block for a few steps, and keep the result if it does better on held-out windows.
@@ -123,6 +128,7 @@ def refine(
         positions: of each window that one step looks at, drawn anew each time; None for all.
         beside: names of loaded tensors outside the block that are trained with it.
         seed: of the order of windows, and of positions.
+        kept: what becomes of a tensor's numbers when they are kept: it decides with those.
         progress: called with a label, steps done and steps in all.
 
     Returns:
@@ -170,7 +176,7 @@ def refine(
             progress("refining", number + 1, steps)
     del optimiser, schedule, rates, parameters  # gradients and moments
     for name in names:
-        walk.put(name, walk.get(name))
+        walk.put(name, kept(name, walk.get(name)))
     after = _mean(walk, layer, inputs_BTD, loss, deciding)
     if not after < start:
         for name, values in before.items():

@@ -163,6 +163,7 @@ def solve(
     parts: Mapping[str, slice],
     *,
     ridges: Sequence[float] = RIDGES,
+    count_Y: Tensor | None = None,
 ) -> dict[str, Solution]:
     """For each matrix, the ridge that does best on held-out tokens, or the prior if none does better.
 
@@ -172,6 +173,7 @@ def solve(
         prior_YX: the analytic maps of all matrices that read the same input, one below the other.
         parts: name of each matrix -> its rows.
         ridges: strengths to try.
+        count_Y: what the squared error of each output counts on held-out tokens; None where all count alike.
 
     Raises:
         VerificationError: the activations hold NaN or infinite numbers.
@@ -183,6 +185,7 @@ def solve(
         )
     system = Ridge.prepare(fit, prior_YX)
     before_Y = held_out.error_Y(prior_YX)
+    counts_Y = torch.ones_like(before_Y) if count_Y is None else count_Y.to(before_Y)
     # The error of W0 + R F B^T on held-out tokens, with F = diag(1 / (v + strength)), is that of W0 and
     # tr(F R^T R F H) - 2 tr(F R^T G), where H and G are the held-out moments in the eigenbasis.
     gram_XX = system.basis_XX.T @ held_out.gram_XX @ system.basis_XX
@@ -191,14 +194,15 @@ def solve(
     found = {}
     for name, rows in parts.items():
         residual_YX = system.residual_YX[rows]
-        quadratic_XX = (residual_YX.T @ residual_YX) * gram_XX
-        linear_X = (residual_YX * gain_YX[rows]).sum(dim=0)
+        counted_YX = residual_YX * counts_Y[rows, None]
+        quadratic_XX = (residual_YX.T @ counted_YX) * gram_XX
+        linear_X = (counted_YX * gain_YX[rows]).sum(dim=0)
         change: dict[float | None, float] = {None: 0.0}
         for strength, factor_X in factors_X.items():
             change[strength] = float(factor_X @ quadratic_XX @ factor_X - 2.0 * linear_X @ factor_X)
         best = min(change, key=change.__getitem__)
-        total = max(float(held_out.power_Y[rows].sum()), torch.finfo(torch.float64).tiny)
-        before = float(before_Y[rows].sum())
+        total = max(float(held_out.power_Y[rows] @ counts_Y[rows]), torch.finfo(torch.float64).tiny)
+        before = float(before_Y[rows] @ counts_Y[rows])
         weight_YX = prior_YX[rows]
         if best is not None:
             weight_YX = system.weights(prior_YX, best, rows).to(prior_YX.dtype)

@@ -14,6 +14,7 @@ from dslm.shrink.recipe import Recipe
 from dslm.shrink.refine import (
     FAR,
     STEP,
+    Kept,
     batch_of,
     kl_loss,
     positions_at_once,
@@ -50,6 +51,7 @@ def step_towards_stream(
     *,
     steps: int,
     astray: bool,
+    kept: Kept,
     progress: Progress | None = None,
 ) -> None:
     """Train a loaded block towards where the teacher's stream goes.
@@ -61,6 +63,7 @@ def step_towards_stream(
         encoded: from the teacher's stream to what the student carries of it.
         steps: optimiser steps.
         astray: layers were dropped so far, and not only narrowed.
+        kept: as of `refine`.
         progress: called with a label, steps done and steps in all.
     """
     refine(
@@ -73,6 +76,7 @@ def step_towards_stream(
         steps=steps,
         step=FAR if astray else STEP,
         seed=layer,
+        kept=kept,
         progress=progress,
     )
 
@@ -84,6 +88,7 @@ def step_towards_logits(
     streams: Streams,
     *,
     steps: int,
+    kept: Kept,
     progress: Progress | None = None,
 ) -> list[str]:
     """Train the last block, and the norm behind it, towards the teacher's distribution; it and both heads are loaded.
@@ -94,6 +99,7 @@ def step_towards_logits(
         layer: its last block.
         streams: both streams behind it, and the student's before it.
         steps: optimiser steps.
+        kept: as of `refine`.
         progress: called with a label, steps done and steps in all.
 
     Returns:
@@ -111,6 +117,7 @@ def step_towards_logits(
         positions=positions_at_once(student, batch_of(streams.teacher.shape[1])),
         beside=norm,
         seed=layer,
+        kept=kept,
         progress=progress,
     )
     return [*student.names(layer), *norm] if after < before else []

@@ -21,6 +21,9 @@ from dslm.families.family import Config
 from dslm.shrink.fold import Encoder, Fold, Key, fold_tensor
 from dslm.sizes import Sizes
 
+_ROWS = 4096
+"""Rows of a table that are rounded at once: beside it there are few copies of them."""
+
 
 class Weights(Protocol):
     """Named tensors of one model, read one at a time."""
@@ -172,7 +175,13 @@ def as_kept(name: str, values: Tensor, dtypes: Mapping[str, torch.dtype]) -> Ten
     Raises:
         VerificationError: some are too large for it.
     """
-    return stored(name, values, dtypes[name]).to(values.dtype) if name in dtypes else values
+    if name not in dtypes or dtypes[name] == values.dtype:
+        return values
+    kept = torch.empty_like(values)
+    for start in range(0, len(values), _ROWS):
+        rows = slice(start, start + _ROWS)
+        kept[rows] = stored(name, values[rows], dtypes[name])
+    return kept
 
 
 def table_on_stream(family: Family, config: Config) -> bool:

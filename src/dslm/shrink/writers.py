@@ -1,8 +1,8 @@
 """A matrix that writes the residual stream: what it reads in the smaller model, and what it should write.
 
 It aims at where the teacher's stream goes, less where the student's already is. Where a norm stands behind it (OLMo-2,
-Gemma 2 and 3) that is what the norm should give. The matrix then aims at what brings the norm there, to first order
-about what the teacher's matrix writes. No matrix changes the size of what a norm gives, so its gain is fitted too.
+Gemma 2 and 3) that is what the norm should give. The matrix then aims at the direction that makes the norm give it; no
+matrix changes the size of what a norm gives, so its gain is fitted behind it.
 
 Shape letters: N tokens of some windows, D the teacher's hidden size, X input features, Y the student's hidden size.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,15 +101,19 @@ class Writer:
             return x_NX, self.encoded(given[f"{self.teacher.writer}:out"]), weight_N
         wanted_NY, usual_NY = self._wanted(streams, windows, seen)
         if usual_NY is not None:
-            wanted_NY, weight_N = before_norm(wanted_NY, usual_NY, self._gain(), weight_N)
+            wanted_NY, weight_N = before_norm(wanted_NY, usual_NY, self._gain(), self._epsilon, weight_N)
         return x_NX, wanted_NY, weight_N
+
+    def outputs_count(self) -> Tensor | None:
+        """What an error in each output counts, ``[Y]``, for choosing the ridge: the square of the gain behind it."""
+        return self._gain().square() if self.student.norm and self.follows else None
 
     def refit_gain(self, streams: Streams, ridges: Sequence[float]) -> Tensor | None:
         """What to store for the gain of the norm behind the writer; None if it is best as it is, or there is none.
 
         With ``u`` what the norm gives without its gain and ``t`` what it should give, the gain goes from ``g`` to
         ``g + sum w u (t - g u) / ((1 + ridge) sum w u^2)`` in each channel, with the ridge that does best on held-out
-        windows.
+        windows, in those channels where it does any good there.
         """
         norm = self.student.norm
         if norm is None or not self.follows:
@@ -132,10 +137,18 @@ class Writer:
         best_Y, least = None, 0.0
         for ridge in ridges:
             change_Y = step_Y / (1.0 + ridge)
-            error = change_Y * ((2.0 * gain_Y + change_Y) * held_power_Y - 2.0 * held_cross_Y)
-            if float(error.sum()) < least:
-                best_Y, least = stored_Y + change_Y.to(stored_Y), float(error.sum())
+            error_Y = change_Y * ((2.0 * gain_Y + change_Y) * held_power_Y - 2.0 * held_cross_Y)
+            change_Y, error = change_Y * (error_Y < 0.0), float(error_Y.clamp_max(0.0).sum())
+            if error < least:
+                best_Y, least = stored_Y + change_Y.to(stored_Y), error
         return best_Y
+
+    @property
+    def _epsilon(self) -> float:
+        """What the norm behind the writer adds to the mean square."""
+        assert self.student.norm is not None, "asked for only where there is a norm"
+        norm: Any = self.student.walk.places[self.student.norm].owners[0][0]
+        return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
     def _gain(self) -> Tensor:
         assert self.student.norm is not None, "asked for only where there is a norm"
@@ -171,21 +184,28 @@ class Writer:
 
 
 def before_norm(
-    wanted_NY: Tensor, usual_NY: Tensor, gain_Y: Tensor, weight_N: Tensor | None
+    wanted_NY: Tensor, usual_NY: Tensor, gain_Y: Tensor, epsilon: float, weight_N: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What to write in front of a norm with a gain so that it gives what is wanted, to first order.
+    """What to write in front of a norm with a gain, ``u -> g u / rms(u)``, so that it gives what is wanted.
+
+    Only a direction can be asked for, since a norm gives every token the same size; what is asked for is as large as
+    what the teacher's writer gives, which is what a matrix can do.
 
     Args:
         wanted_NY: what the norm should give.
-        usual_NY: what it gets in the teacher, about which its division by the root mean square is taken as constant.
+        usual_NY: what it gets in the teacher.
         gain_Y: its gain.
+        epsilon: what it adds to the mean square.
         weight_N: what tokens count behind the norm; None where all count alike.
 
     Returns:
         What it should get, and what tokens count there.
     """
-    size_N1 = usual_NY.square().mean(dim=1, keepdim=True).clamp_min(1e-12).sqrt()
-    off_NY = wanted_NY - gain_Y * usual_NY / size_N1
-    inverse_Y = gain_Y / (gain_Y.square() + _DAMPING * gain_Y.square().mean())
-    weights_N = size_N1[:, 0].square().reciprocal()
-    return usual_NY + size_N1 * inverse_Y * off_NY, weights_N if weight_N is None else weight_N * weights_N
+    square_N1 = usual_NY.square().mean(dim=1, keepdim=True) + epsilon
+    damping = _DAMPING * gain_Y.square().mean()
+    inverse_Y = gain_Y / (gain_Y.square() + damping).clamp_min(torch.finfo(gain_Y.dtype).tiny)
+    off_NY = wanted_NY - gain_Y * usual_NY / square_N1.sqrt()
+    asked_NY = usual_NY + square_N1.sqrt() * inverse_Y * off_NY
+    asked_NY = asked_NY * (square_N1 / (asked_NY.square().mean(dim=1, keepdim=True) + epsilon)).sqrt()
+    weights_N = square_N1[:, 0].reciprocal()
+    return asked_NY, weights_N if weight_N is None else weight_N * weights_N

@@ -149,6 +149,17 @@ def test_a_result_that_fails_its_check_never_appears(error, source, tmp_path):
         grow(source, out, check=check, overwrite=True)
 
 
+@pytest.fixture
+def heeded(number):
+    """The signal is not ignored by what is started, as it would be where the tests themselves run under nohup."""
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [

@@ -52,7 +52,8 @@ STEPS = [
     ("Is it the source?", ["diff", MODEL, f"{OUT}/back", "--no-liveness"]),
     (
         "Smaller than the source: an eighth of the FFN goes, and least squares makes up for it. With so little text, "
-        "which the model writes itself, this shows how it works and not how good it gets:",
+        "which the model writes itself and from which optimiser steps would learn nothing, this shows how it works "
+        "and not how good it gets:",
         [
             "down",
             MODEL,
@@ -64,6 +65,8 @@ STEPS = [
             "8",
             "--sequence-length",
             "256",
+            "--refine",
+            "0",
             "--overwrite",
         ],
     ),

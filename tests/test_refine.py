@@ -42,6 +42,19 @@ def test_steps_are_kept_where_they_help_on_held_out_windows(helps, tmp_path):
         assert changed == []
 
 
+def test_steps_are_judged_by_the_numbers_that_are_kept(tmp_path):
+    """They help, but what is kept of them is far off."""
+    walk = Walk(Stored(shrinking.make_source(tmp_path, "llama", "mha")))
+    inputs = walk.embed(pico.tokens(rows=30, length=20))
+    with walk.block(0):
+        before = {name: walk.get(name).clone() for name in walk.names(0)}
+        goals = inputs + 0.5 * (walk.run(0, inputs) - inputs)
+        loss = stream_loss(lambda windows: goals[windows])
+        start, end = refine(walk, 0, inputs, loss, FIT, HELD_OUT, steps=20, kept=lambda _, values: 9 * values)
+        assert end == start
+        assert all(torch.equal(walk.get(name), values) for name, values in before.items())
+
+
 @pytest.mark.parametrize(("family", "variant"), [("gemma2", "windows-softcaps"), ("phi", "mha")])
 def test_what_is_said_is_compared_in_pieces(family, variant, tmp_path, monkeypatch):
     """Against all logits of the stock class at once; a piece is of both windows, and the last one is short."""

@@ -169,8 +169,11 @@ def test_dropped_layers_are_made_up_for_by_the_block_before_them(family, variant
     assert errors[True] < share * errors[False]
 
 
-@pytest.mark.parametrize(("family", "variant"), [("gemma2", "windows-softcaps"), ("phi", "mha")])
-def test_a_block_before_a_gap_learns_what_is_gone(family, variant, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "variant", "share"),
+    [("gemma2", "windows-softcaps", 0.95), ("olmo2", "mha", 0.98), ("phi", "mha", 0.95)],
+)
+def test_a_block_before_a_gap_learns_what_is_gone(family, variant, share, tmp_path):
     """Its few steps do what no choice of its writers can, in front of a norm too."""
     source = shrinking.make_source(tmp_path / "source", family, variant)
     target, windows = source.sizes.replace(num_hidden_layers=2), shrinking.windows(fit=256)
@@ -180,7 +183,7 @@ def test_a_block_before_a_gap_learns_what_is_gone(family, variant, tmp_path):
             Stored(source), target, (0, 2), None, windows, tmp_path, recipe=Recipe(gap_steps=steps)
         )
         errors[steps] = found.errors[0]
-    assert errors[300] < 0.95 * errors[0]
+    assert errors[300] < share * errors[0]
 
 
 def test_blocks_beside_a_gap_take_steps_and_farther_ones_behind_it(tmp_path, monkeypatch):

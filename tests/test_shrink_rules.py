@@ -211,7 +211,7 @@ def louder_again(model: PreTrainedModel) -> None:
 
 
 NO_NORM = instead(writers, "before_norm", lambda _: lambda wanted, usual, gain, eps, weight: (wanted, weight))
-GAIN_STAYS = instead(writers.Writer, "refit_gain", lambda _: lambda writer, streams, ridges: None)
+GAIN_STAYS = instead(writers.StreamWriter, "refit_gain", lambda _: lambda writer, streams, ridges: None)
 WITH_MEAN = instead(reconstruct, "less_constant", lambda _: lambda gram: gram[:-1, :-1])
 
 

@@ -103,6 +103,23 @@ def test_each_matrix_has_its_own_ridge():
     assert found["noise"].after > 0.5
 
 
+def test_the_ridge_is_that_of_the_outputs_that_count():
+    """Of one matrix: signal in the first output, a hundred times as much noise in the second."""
+    x_NX, y_NY, _ = draw(300, 10, 2, noise=0.0)
+    y_NY[:, 1] = 100 * torch.randn(300, dtype=torch.float64)
+    prior_YX = torch.zeros(2, 10, dtype=torch.float64)
+    fit, held_out = moments_of(x_NX[:15], y_NY[:15]), moments_of(x_NX[15:], y_NY[15:])
+    parts = {"signal": slice(0, 1), "noise": slice(1, 2)}
+    alone = solve(fit, held_out, prior_YX, parts)
+    for counted, name in enumerate(parts):
+        count_Y = torch.zeros(2)
+        count_Y[counted] = 0.25
+        found = solve(fit, held_out, prior_YX, WHOLE, count_Y=count_Y)["w"]
+        assert found.ridge == alone[name].ridge
+        assert (found.before, found.after) == pytest.approx((alone[name].before, alone[name].after))
+    assert alone["signal"].ridge != alone["noise"].ridge
+
+
 def test_singular_moments_give_finite_weights():
     """A feature that is always zero and one that repeats another."""
     x_NX, y_NY, _ = draw(50, 6, 3, noise=0.1)

@@ -12,7 +12,7 @@ from dslm.shrink.streams import Streams
 from dslm.shrink.tap import anatomy, tap
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
-from dslm.shrink.writers import Writer, before_norm, side
+from dslm.shrink.writers import StreamWriter, before_norm, side
 
 EPSILON = 1e-5
 
@@ -79,14 +79,25 @@ def sides(request, tmp_path):
         names = anatomy(teacher, 1, stream[:1]).writers
         streams = Streams(stream, teacher.run(1, stream), stream.clone(), fit=8, held_out=4)
 
-        def pair(position: int, weighted=lambda x: None) -> Writer:
+        def pair(position: int, weighted=lambda x: None) -> StreamWriter:
             both = (
                 side(walk, 1, names, position, Memo(walk, (12, 20), tmp_path, name))
                 for walk, name in ((teacher, "a"), (student, "b"))
             )
-            return Writer(*both, last=position == 1, follows=True, encoded=lambda x: x, weighted=weighted)
+            return StreamWriter(
+                *both, last=position == 1, follows=True, encoded=lambda x: x, weighted=weighted
+            )
 
         yield pair, streams
+
+
+def test_an_output_counts_by_the_gain_behind_it(sides):
+    pair, _ = sides
+    writer = pair(1)
+    student = writer.student.walk
+    gain = student.get(writer.student.norm) + student.weights.family.gain_offset
+    student.put(writer.student.norm, 3 * gain - student.weights.family.gain_offset)
+    assert torch.allclose(writer.outputs_count(), 9 * gain**2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("position", [0, 1])

@@ -26,7 +26,7 @@ from dslm.shrink.streams import Streams, token_weights
 from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, reads_heads, tap, watch, with_one
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import as_kept
-from dslm.shrink.writers import Writer, side
+from dslm.shrink.writers import StreamWriter, side
 from dslm.sizes import Sizes
 
 ENOUGH = 2
@@ -191,7 +191,7 @@ class Rebuilder:
         """A matrix that writes the stream aims at where the teacher's stream goes; so does the norm behind it."""
         position, family = shape.writers.index(name), self.teacher.weights.family
         own = [_moved(writer, origin, layer) for writer in shape.writers]
-        writer = Writer(
+        writer = StreamWriter(
             side(self.teacher, origin, shape.writers, position, self.teacher_memo),
             side(self.student, layer, own, position, self.student_memo),
             last=position == len(own) - 1,

@@ -70,7 +70,7 @@ def side(walk: Walk, layer: int, writers: Sequence[str], position: int, memo: Me
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Writer:
+class StreamWriter:
     """A writer in both models.
 
     Attributes:

@@ -13,6 +13,7 @@ import pico
 import training
 from calling import one_line
 from dslm.checkpoint.reader import open_folder
+from dslm.train.growth import NEW
 from tokenizing import add_tokenizer
 from training import QUICK, metrics
 
@@ -193,3 +194,5 @@ def test_the_growth_recipe_runs_from_the_command(call, data, tmp_path):
     name = "model.layers.0.mlp.gate_proj.weight"
     assert torch.equal(before[name][:48, :32], after[name][:48, :32])
     assert not torch.equal(before[name], after[name])
+    rates = [line["learning_rate"] for line in metrics(out) if "learning_rate" in line]
+    assert max(rates) == pytest.approx(NEW * 1e-2, rel=0.05)

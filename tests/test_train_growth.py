@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import growing
 import pico
@@ -11,6 +11,7 @@ from dslm.errors import RecipeError
 from dslm.train.growth import (
     BETAS,
     NEW,
+    REWARM,
     Scale,
     freeze_old,
     growth_scale,
@@ -19,6 +20,7 @@ from dslm.train.growth import (
 )
 from dslm.train.loss import give_loss
 from dslm.train.save import table_lines
+from dslm.train.trainer import GroupTrainer
 
 UNTIED = {"llama": "mha", "qwen3": "mha", "gemma2": "wide-heads-untied", "olmo2": "mha", "phi": "mha"}
 
@@ -77,7 +79,7 @@ def test_what_was_added_learns_faster_and_copies_slower(tmp_path):
         name = "model.layers.0.mlp.{}_proj.weight"
         found[method] = [growth_scale(layout[name.format(part)], growth) for part in ("down", "up")]
     assert found["hypercloning"] == [Scale(0.5, 1.0, 2.0), Scale(1.0, 0.5, 1.0)]
-    half_new = Scale((1 + NEW) / 2, 1.0, 1.0)
+    half_new = Scale((1 + NEW) / 2, 1.0, 1.0, new=NEW / (1 + NEW))
     assert found["padding"] == [half_new, half_new]
 
 
@@ -110,7 +112,7 @@ def test_a_new_block_of_a_wider_model_learns_as_what_is_new(family, tmp_path):
     checkpoint = open_folder(growing.grow(source, tmp_path / "grown", target, split="even"))
     growth = recorded_growth(checkpoint)
     lines = checkpoint.family.layout(checkpoint.config).values()
-    assert {growth_scale(line, growth) for line in lines if line.layer == 1} == {Scale(rate=NEW)}
+    assert {growth_scale(line, growth) for line in lines if line.layer == 1} == {Scale(rate=NEW, new=1.0)}
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
@@ -120,7 +122,7 @@ def test_all_of_a_new_block_is_new(family, tmp_path):
     model, checkpoint, lines = loaded(growing.grow(source, tmp_path / "grown", deeper))
     growth = recorded_growth(checkpoint)
     layers = {line.layer: growth_scale(line, growth) for line in lines.values()}
-    assert layers == {None: Scale(), 0: Scale(), 1: Scale(rate=NEW), 2: Scale(), 3: Scale()}
+    assert layers == {None: Scale(), 0: Scale(), 1: Scale(rate=NEW, new=1.0), 2: Scale(), 3: Scale()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     named = dict(model.named_parameters())
     learning = freeze_old([(named[name], line) for name, line in lines.items()], growth)
@@ -128,6 +130,48 @@ def test_all_of_a_new_block_is_new(family, tmp_path):
     moved = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
     assert moved == {name: line.layer == 1 for name, line in lines.items()}
     assert learning == sum(p.numel() for name, p in named.items() if lines[name].layer == 1)
+
+
+def rates(folder, scales, *, steps, warmup):
+    """Parameter -> its rate in every step, under a Trainer that has the scales."""
+    model, _, lines = loaded(folder)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"), learning_rate=1.0, warmup_steps=warmup, use_cpu=True, report_to=[],
+    )  # fmt: skip
+    trainer = GroupTrainer(scales=scales, model=model, args=arguments)
+    trainer.create_optimizer_and_scheduler(steps)
+    groups = trainer.optimizer.param_groups
+    found = {name: [] for name in lines}
+    for _ in range(steps):
+        for name, parameter in model.named_parameters():
+            found[name] += [group["lr"] for group in groups if any(p is parameter for p in group["params"])]
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_what_is_new_warms_up_by_itself(warmup, tmp_path):
+    source = open_folder(pico.save(pico.make_model("llama", "mha"), tmp_path / "small"))
+    target = source.sizes.replace(
+        intermediate_size=2 * source.sizes.intermediate_size,
+        num_hidden_layers=source.sizes.num_hidden_layers + 1,
+    )
+    grown = growing.grow(source.folder, tmp_path / "grown", target, method="padding")
+    checkpoint = open_folder(grown)
+    growth = recorded_growth(checkpoint)
+    (new,) = growth.new_blocks
+    scales = {name: growth_scale(line, growth) for name, line in loaded(grown)[2].items()}
+    found = rates(grown, scales, steps=40, warmup=warmup)
+    curve = found["model.norm.weight"]
+    assert curve[warmup] == 1.0
+    assert curve[-1] < 0.03
+    rise = [min(1.0, (step + 1) / (40 * REWARM + 1)) for step in range(40)]
+    assert rise[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    alone = [NEW * run * own for run, own in zip(curve, rise, strict=True)]
+    assert found[f"model.layers.{new}.mlp.up_proj.weight"] == pytest.approx(alone)
+    mixed = [(run + own) / 2 for run, own in zip(curve, alone, strict=True)]
+    assert found[f"model.layers.{new - 1}.mlp.up_proj.weight"] == pytest.approx(mixed)
 
 
 def test_a_model_without_a_record_of_growth_is_refused(tmp_path):

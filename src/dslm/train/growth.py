@@ -5,12 +5,12 @@ times as far as the source would have. A matrix whose input was copied ``n`` tim
 gradient of what is copied ``m`` times is ``1 / m`` of the source's, and so is its epsilon; a decay of ``n wd`` keeps
 the decoupled product ``lr wd``. What was scaled by ``a`` takes ``a lr``, and its epsilon goes with its gradient. For
 even copies in an untied model the grown model then follows the small one's trajectory exactly. What was not there
-before learns at `NEW` times the rate.
+before learns at `NEW` times the rate, after a warm-up of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +27,20 @@ from dslm.plan import Plan
 
 NEW = 1.3
 """Rate of new parameters beside that of old ones."""
+REWARM = 0.1
+"""Share of the run's steps in which the rate of new parameters rises to that."""
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What a tensor's rate, epsilon and weight decay are multiplied by."""
+    """What a tensor's rate, epsilon and weight decay are multiplied by, and the share of that rate for what is new."""
 
     rate: float = 1.0
     epsilon: float = 1.0
     decay: float = 1.0
+    new: float = 0.0
 
 
 def recorded_growth(checkpoint: Checkpoint) -> Growth:
@@ -71,7 +74,7 @@ def growth_scale(tensor: Tensor, growth: Growth) -> Scale:
     Where entries have unequally many copies, their mean counts.
     """
     if tensor.layer in growth.new_blocks:
-        return Scale(rate=NEW)
+        return Scale(rate=NEW, new=1.0)
     what = growth.tensor_map(tensor)
     rate, epsilon, added = what.factor, 1.0 / what.factor, 0.0
     for axis, found in zip(tensor.spec.axes, what.axes, strict=True):
@@ -88,7 +91,8 @@ def growth_scale(tensor: Tensor, growth: Growth) -> Scale:
         else:
             rate *= amplitude
             epsilon /= copies * amplitude
-    return Scale(rate=added * NEW + (1.0 - added) * rate, epsilon=epsilon, decay=1.0 / rate)
+    whole = added * NEW + (1.0 - added) * rate
+    return Scale(rate=whole, epsilon=epsilon, decay=1.0 / rate, new=added * NEW / whole)
 
 
 def freeze_old(parameters: Iterable[tuple[torch.nn.Parameter, Tensor]], growth: Growth) -> int:
@@ -138,7 +142,7 @@ def parameter_groups(
     rate: float,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """AdamW's groups, parameters of the same treatment together. Only matrices decay.
+    """AdamW's groups, parameters of the same treatment together, with the share ``new``. Only matrices decay.
 
     Args:
         named: the model's parameters by their names in the module.
@@ -146,14 +150,26 @@ def parameter_groups(
         rate: learning rate.
         weight_decay: decoupled.
     """
-    groups: dict[tuple[float, float, float], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
             scale = scales.get(name, Scale())
             decay = weight_decay * scale.decay if parameter.dim() > 1 else 0.0
-            key = rate * scale.rate, EPSILON * scale.epsilon, decay
+            key = rate * scale.rate, EPSILON * scale.epsilon, decay, scale.new
             groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": lr, "eps": eps, "weight_decay": decay}
-        for (lr, eps, decay), parameters in groups.items()
+        {"params": parameters, "lr": lr, "eps": eps, "weight_decay": decay, "new": new}
+        for (lr, eps, decay, new), parameters in groups.items()
     ]
+
+
+def rewarmed(curve: Callable[[int], float], new: float, steps: int) -> Callable[[int], float]:
+    """A group's curve of rates in which what is new warms up by itself.
+
+    Args:
+        curve: step -> factor of the rate, of the whole run.
+        new: share of the group's rate that is for what is new.
+        steps: of the run.
+    """
+    risen = REWARM * steps
+    return lambda step: curve(step) * (1.0 - new * max(0.0, 1.0 - (step + 1) / (risen + 1)))

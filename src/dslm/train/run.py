@@ -23,7 +23,7 @@ from dslm.progress import Progress
 from dslm.texts import CHARACTERS, read_rows
 from dslm.train.adapters import add_adapters, load_four_bit, merge_adapter
 from dslm.train.data import Blocks, Document, hold_out, read_blocks, read_tokens, separates
-from dslm.train.growth import Scale, freeze_old, growth_scale, recorded_growth
+from dslm.train.growth import NEW, Scale, freeze_old, growth_scale, recorded_growth
 from dslm.train.loss import Distillation, give_loss
 from dslm.train.record import Trained, run_record
 from dslm.train.runs import check_run, prepare_run, run_folder
@@ -219,11 +219,10 @@ def _follow_growth(
         named = dict(model.named_parameters())
         if freeze_old([(named[name], line) for name, line in lines.items()], growth) == 0:
             raise RecipeError("growing added nothing that could learn", "leave out --freeze-old")
-    follows = asked.recipe == "growth"
-    scales = {name: growth_scale(line, growth) if follows else Scale() for name, line in lines.items()}
-    if asked.freeze_old:  # decay needs no gradient: it would wear down what is frozen
-        scales = {name: replace(scale, decay=0.0) for name, scale in scales.items()}
-    return scales
+        # All that learns is new; decay needs no gradient and would wear down what is frozen.
+        scale = Scale(NEW, new=1.0) if asked.recipe == "growth" else Scale()
+        return dict.fromkeys(lines, replace(scale, decay=0.0))
+    return {name: growth_scale(line, growth) for name, line in lines.items()}
 
 
 def _run(trainer: Any, watch: Any, point: Path | None) -> tuple[float, float]:

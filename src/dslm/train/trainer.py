@@ -7,9 +7,10 @@ from math import exp
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from dslm.train.growth import BETAS, Scale, parameter_groups
+from dslm.train.growth import BETAS, Scale, parameter_groups, rewarmed
 
 
 class GroupTrainer(Trainer):  # type: ignore[misc]
@@ -33,6 +34,16 @@ class GroupTrainer(Trainer):  # type: ignore[misc]
             fused = self.args.device.type == "cuda"
             self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=fused)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The run's curve of rates, with a warm-up of their own for new parameters; called by the Trainer."""
+        if self.lr_scheduler is None:
+            whole = super().create_scheduler(num_training_steps, optimizer)
+            curve, groups = whole.lr_lambdas[0], whole.optimizer.param_groups
+            if any(group["new"] for group in groups):
+                curves = [rewarmed(curve, group["new"], num_training_steps) for group in groups]
+                self.lr_scheduler: Any = LambdaLR(whole.optimizer, curves)
+        return self.lr_scheduler
 
     def evaluate(self, *unused: Any, **also_unused: Any) -> dict[str, float]:
         """Mean loss and perplexity over all tokens that are held out, in nats per token."""

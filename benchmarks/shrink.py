@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--hidden", type=int, help="hidden_size, instead of that of dslm plan's first shape")
     parser.add_argument("--layers", type=int, help="num_hidden_layers, likewise")
+    parser.add_argument("--leave-out", type=int, nargs="+", help="these layers, instead of choosing")
     parser.add_argument("--untimed", action="store_true", help="do not measure the passes of both models")
     parser.add_argument("--name", default="shrink_smollm2", help="of the result")
     asked = parser.parse_args()
@@ -165,7 +166,12 @@ def main() -> None:
                 ),
             ):
                 chosen, begin = (target, recipe.solve), time.perf_counter()
-                if chosen not in layers:  # the ablations share them
+                if asked.leave_out:
+                    kept = set(range(source.sizes.num_hidden_layers)) - set(asked.leave_out)
+                    layers[chosen] = tuple(sorted(kept))
+                    if len(kept) != target.num_hidden_layers:
+                        raise SystemExit(f"{target.num_hidden_layers} layers stay, not {len(kept)}")
+                elif chosen not in layers:  # the ablations share them
                     best = Recipe(solve=recipe.solve)
                     layers[chosen] = choose_layers(
                         Stored(source), target, stream, windows, Path(folder), recipe=best
@@ -193,7 +199,7 @@ def main() -> None:
                         text: [math.exp(loss) for loss in pair] for text, pair in found.losses.items()
                     },
                     "seconds": seconds,
-                    "seconds_of_choosing_layers": choosing[chosen],
+                    "seconds_of_choosing_layers": choosing.get(chosen),
                     "seconds_of_both_forward_passes": passes,
                 }
             )

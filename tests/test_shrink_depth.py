@@ -133,6 +133,26 @@ def test_of_the_likely_choices_the_one_that_is_best_after_rebuilding_is_taken(tm
     assert found.losses["held-out"][1] == pytest.approx(min(losses), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("costs", "likely"),
+    [
+        ([1.2, 1.09, 2.0, 1.0, 1.05], [3, 4, 1]),
+        ([5.0, 1.0, 3.0, 2.0, 4.0], [1, 3]),
+        ([1.04, 1.03, 1.02, 1.01, 1.0], [4, 3, 2, 1]),
+        ([0.1, -0.1, 0.0, 0.2, 0.3], [1, 2]),
+    ],
+)
+def test_choices_that_cost_nearly_as_little_as_the_best_are_likely_too(costs, likely, tmp_path, monkeypatch):
+    def losses(walk, ids, fit, removals, progress):
+        assert removals == [frozenset(), *RUNS]
+        return [4.0, *(4.0 + cost for cost in costs)]
+
+    monkeypatch.setattr(depth, "bridged_losses", losses)
+    source, _ = deep_source(tmp_path)
+    kept = likely_layers(Walk(Stored(source)), FIT, 5)
+    assert [set(range(7)) - set(layers) for layers in kept] == [RUNS[i] for i in likely]
+
+
 def test_slicing_takes_the_layers_without_which_the_loss_is_least(tmp_path):
     source, _ = deep_source(tmp_path)
     target = source.sizes.replace(num_hidden_layers=5)

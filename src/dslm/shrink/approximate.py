@@ -20,8 +20,8 @@ from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Weights
 from dslm.sizes import Sizes
 
-_BUILT, _TOKENS = 2, 4096
-"""So many likely choices of layers are built, on windows of so many tokens or one, and measured on as many others."""
+_TOKENS = 4096
+"""Likely choices of layers are built on windows of so many tokens or one, and measured on as many others."""
 
 
 def approximate(
@@ -84,7 +84,7 @@ def choose_layers(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[int, ...]:
-    """The layers that stay: of the most likely choices the one whose model is best after it was rebuilt on few tokens.
+    """The layers that stay: of the likely choices the one whose model is best after it was rebuilt on few tokens.
 
     Arguments as of `rebuild`.
     """
@@ -93,7 +93,7 @@ def choose_layers(
     likely = likely_layers(Walk(weights, device), windows.fit, count, bridge=bridge, progress=progress)
     if not recipe.solve or len(likely) == 1:
         return likely[0]
-    most, likely = max(1, _TOKENS // windows.fit.shape[1]), likely[:_BUILT]
+    most = max(1, _TOKENS // windows.fit.shape[1])
     some = Windows(windows.fit[:most], windows.held_out[:most], {})
     losses = []
     for number, layers in enumerate(likely):

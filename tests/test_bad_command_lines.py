@@ -51,6 +51,14 @@ COMMANDS = [
     (["--method", "magic", "-edm", "2"], 2, "magic"),
     (["--split", "both", "-edm", "2"], 2, "both"),
     (["--dtype", "int8", "-edm", "2"], 2, "int8"),
+    (["--params", "1,5M"], 1, "'1,5M' is not a number of parameters"),
+    (["--method", "padding", "--split", "even", "-upm", "2"], 1, "--split is for copies"),
+    (["--method", "padding", "--snr-db", "10", "-upm", "2"], 1, "--snr-db is for copies"),
+    (
+        ["--split", "uneven", "--snr-db", "10", "-upm", "2"],
+        1,
+        "--snr-db is a split of its own.*leave out --split",
+    ),
     (["--frobnicate"], 2, "--frobnicate"),
     ([], 1, "nothing to grow"),
     (["-edm", "1", "-upm", "1"], 1, "nothing to grow"),
@@ -66,6 +74,13 @@ def test_a_command_that_cannot_be_done_says_why(arguments, code, named, source, 
     assert re.search(named, line), line
 
 
+@pytest.mark.parametrize("arguments", [["desc", ""], ["up", ""], ["desc", "-i", ""]])
+def test_an_empty_name_is_no_model(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with nothing_happens(tmp_path):
+        assert "the name of a model is empty" in one_line(capsys, arguments, 1)
+
+
 @pytest.mark.parametrize(
     "arguments", [["up"], ["up", "a", "-i", "b"], ["upp", "a"], ["--params"], ["plan", "a"]]
 )
@@ -79,7 +94,7 @@ PLAN_EDITS = {
     "smaller": ("hidden_size: 64", "hidden_size: 16", "hidden_size 16"),
     "illegal": ("hidden_size: 64", "hidden_size: 65", "hidden_size"),
     "other layers": ("num_hidden_layers: 3", "num_hidden_layers: 4", "num_hidden_layers|another model"),
-    "other model": ("family: llama", "family: qwen2", "another model"),
+    "other model": ("family: llama", "family: qwen2", "another model, the-other-one"),
     "unknown method": ("hidden_size: hypercloning", "hidden_size: magic", "magic"),
     "no method": ("  hidden_size: hypercloning\n", "", "hidden_size"),
     "unknown split": ("split: uneven", "split: sideways", "sideways"),
@@ -91,7 +106,7 @@ PLAN_EDITS = {
 
 @pytest.mark.parametrize(("before", "after", "named"), PLAN_EDITS.values(), ids=PLAN_EDITS)
 def test_a_plan_that_was_edited_is_checked_again(before, after, named, source, tmp_path, capsys):
-    text = doubled(source).to_yaml()
+    text = re.sub("(?m)^model: .*$", "model: the-other-one", doubled(source).to_yaml())
     assert before in text
     head, _, tail = text.rpartition(before) if before in ("hidden_size: 64",) else text.partition(before)
     path = tmp_path / "plan.yaml"

@@ -122,6 +122,16 @@ def test_other_weights_with_the_same_headers_are_another_model(llama, tmp_path, 
     assert len(list(cache.iterdir())) == 2
 
 
+def test_one_changed_number_is_another_model(llama, tmp_path, cache):
+    model = pico.make_model("llama", "gqa-tied")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[5, 7] += 1
+    other = Stored(open_folder(pico.save(model, tmp_path / "other"), name="tiny"))
+    windows = shrinking.windows()
+    assert captured(llama, windows, device="cpu") != captured(other, windows, device="cpu")
+    assert len(list(cache.iterdir())) == 2
+
+
 def _edited(change):
     def edit(text: bytes) -> bytes:
         held = json.loads(text)

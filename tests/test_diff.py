@@ -56,6 +56,28 @@ def test_diff_reads_texts(call, model, tmp_path):
     assert call("diff", model, model, "--text", "w5", "-q")[0] == 1
 
 
+@pytest.mark.parametrize("named", ["missing.txt", "folder", "folder/missing"])
+def test_a_text_that_looks_like_a_place_is_not_taken_for_a_text(named, call, model, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("diff", model, model, "--text", named, "-q")
+    assert (code, f"--text {named}: there is no such file" in one_line(err)) == (2, True)
+
+
+def test_numbers_that_are_none_are_never_alive(call, model, tmp_path):
+    network = pico.make_model("llama", "gqa-tied")
+    with torch.no_grad():
+        network.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    folder = pico.save(network, tmp_path / "nan")
+    add_tokenizer(folder)
+    code, out, err = call("diff", model, folder, "--require-alive", "-q")
+    assert (code, "liveness was not measured: the logits are not finite" in one_line(err)) == (1, True)
+    assert "B is not the same function as A" in out
+    assert "alive" not in out
+    code, out, err = call("diff", folder, model, "-q")
+    assert (code, "nan gives logits that are not finite" in one_line(err)) == (1, True)
+
+
 def test_diff_refuses_another_tokenizer(call, model, tmp_path):
     other = pico.save(pico.make_model("llama", "gqa-tied"), tmp_path / "other")
     add_tokenizer(other, words=50)

@@ -46,6 +46,12 @@ BAD = [
     (["--params", "1M"], 1, "1,000,000 parameters is not smaller than the source's 26,336.*dslm up"),
     (["--params", "26336"], 1, "not smaller.*dslm up"),
     (["--params", "0"], 1, "'0' is not a positive number"),
+    (["--num-hidden-layers", "2", "--calibration", ""], 1, "the name of a calibration text is empty"),
+    (
+        ["--num-hidden-layers", "2", "--heal-tokens", "many"],
+        1,
+        "'many' is not a number of tokens; give one such as 100k",
+    ),
     (["--params", "big"], 1, "'big' is not a number of parameters"),
     (["--keep-ratio", "1"], 1, "share 1 is not below 1.*dslm up"),
     (["--keep-ratio", "1.5"], 1, "share 1.5 is not below 1.*dslm up"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import PYTHIA, REAL, SMOLLM2, pico_config
+from dslm.checkpoint.card import command_of, render_card
 from dslm.errors import DslmError, RecipeError, SizeError
 from dslm.families import load_family
 from dslm.plan import Plan, plan_growth
@@ -35,6 +36,20 @@ def test_a_target_that_is_no_growth_is_refused(asked, named):
     with pytest.raises(SizeError, match=named) as caught:
         plan_growth("m", family, SMOLLM2, target)
     assert caught.value.hint
+
+
+def test_padding_has_no_split_in_its_card():
+    def grown(method):
+        target = Sizes.from_config(load_family("llama"), SMOLLM2).replace(intermediate_size=3072)
+        plan = plan_growth("m", load_family("llama"), SMOLLM2, target, method=method)
+        return command_of(plan), render_card("large", plan, (1, 2), {method: "a paper"}, {}, {})
+
+    command, card = grown("padding")
+    assert "--split" not in command
+    assert "Split" not in card
+    command, card = grown("hypercloning")
+    assert "--split uneven" in command
+    assert "Split: uneven." in card
 
 
 def test_two_tables_cannot_be_tied():

@@ -9,6 +9,7 @@ import calling
 import growing
 import training
 from calling import one_line
+from dslm.errors import VerificationError
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
 pytestmark = training.WARNINGS
@@ -35,26 +36,33 @@ def test_down_heals_in_one_go(call, model, data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
 
 
-def test_healing_that_fails_leaves_the_shrunk_model(call, model, data, tmp_path):
+def test_healing_that_fails_leaves_the_shrunk_model(call, model, data, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise VerificationError("the loss is nan")
+
+    monkeypatch.setattr("dslm.train.run.train_checkpoint", fails)
     out = tmp_path / "small"
-    (tmp_path / "short.txt").write_text("w3 w4")
-    options = [
-        "--intermediate-size",
-        32,
-        "--calibration",
-        data,
-        "--samples",
-        8,
-        "--sequence-length",
-        32,
-        "-q",
-    ]
-    code, _, err = call(
-        "down", model, "-o", out, *options, "--heal-tokens", "20k", "--data", tmp_path / "short.txt"
-    )
+    options = ["--intermediate-size", 32, "--calibration", data, "--samples", 8, "--sequence-length", 32]
+    code, _, err = call("down", model, "-o", out, *options, "--heal-tokens", "20k")
     assert code == 1
-    assert "fewer than a block" in one_line(err)
+    assert f"{out} is shrunk, not healed; dslm train {out} --teacher source does that" in err
+    assert "the loss is nan" in err
     assert growing.load(out, torch.float32).config.intermediate_size == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"w3 w4", "fewer than a block of 64; give more text, or another one, with --data"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+    ],
+)
+def test_text_that_is_no_use_for_healing_is_seen_before_the_shrink(text, said, call, model, data, tmp_path):
+    (tmp_path / "text.txt").write_bytes(text)
+    options = ["--intermediate-size", 32, "--calibration", data, "--heal-tokens", "20k"]
+    code, _, err = call("down", model, "-o", tmp_path / "out", *options, "--data", tmp_path / "text.txt")
+    assert (code, said in one_line(err)) == (1, True), err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 @pytest.mark.parametrize(

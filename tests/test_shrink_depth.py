@@ -140,6 +140,7 @@ def test_of_the_likely_choices_the_one_that_is_best_after_rebuilding_is_taken(tm
         ([5.0, 1.0, 3.0, 2.0, 4.0], [1, 3]),
         ([1.04, 1.03, 1.02, 1.01, 1.0], [4, 3, 2, 1]),
         ([0.1, -0.1, 0.0, 0.2, 0.3], [1, 2]),
+        ([0.1, -1.0, -0.95, -0.92, 0.3], [1, 2, 3]),
     ],
 )
 def test_choices_that_cost_nearly_as_little_as_the_best_are_likely_too(costs, likely, tmp_path, monkeypatch):

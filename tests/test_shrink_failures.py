@@ -75,6 +75,29 @@ def test_a_weight_that_is_not_a_number_is_named(name, value, source, tmp_path, c
     assert f"{name!r} holds NaN or infinite numbers" in line
 
 
+@pytest.mark.parametrize("command", ["down", "diff"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_cache": None},
+        {"rms_norm_eps": "x"},
+        {"pad_token_id": 500},
+        {"rope_parameters": {"rope_type": "foo"}},
+    ],
+    ids=str,
+)
+def test_a_config_that_transformers_refuses_is_told_in_one_line(command, values, source, tmp_path, capsys):
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with nothing_happens(tmp_path):
+        if command == "down":
+            line = refused(capsys, source, tmp_path / "out")
+        else:
+            line = one_line(capsys, ["diff", str(source), str(source), "-q"], 1)
+    assert "unexpected" not in line
+    assert "config" in line or "transformers cannot load" in line
+
+
 def huge_units(model):
     model.model.layers[1].mlp.gate_proj.weight *= 1e20
     model.model.layers[1].mlp.up_proj.weight *= 1e20

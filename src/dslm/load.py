@@ -69,6 +69,8 @@ def load_model(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
+    unfit = (OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError, StrictDataclassError)
+
     silence_transformers()
     folder, target = _folder(checkpoint), pick_device(device)
     numbers = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -85,7 +87,7 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except unfit as error:
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {first_line(error)}") from error
     if checkpoint.adapter is not None:
         _put_on(model, checkpoint.adapter, checkpoint.name)
@@ -124,11 +126,17 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.name} has no tokenizer",
             f"copy tokenizer.json and tokenizer_config.json of the model it was made from into {folder}",
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     silence_transformers()
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except StrictDataclassError as error:  # the tokenizer's class is told by the config
+        raise CheckpointError(
+            f"transformers refuses the config of {checkpoint.name}: {first_line(error)}",
+            "mend its config.json",
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(
             f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}",

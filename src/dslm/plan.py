@@ -17,7 +17,8 @@ from dslm.shrink_plan import SHRINK_METHODS as SHRINK_METHODS
 from dslm.shrink_plan import SHRUNK as SHRUNK
 from dslm.sizes import WORDS, Sizes, check_legal, differing
 
-METHOD_NAMES = ("hypercloning", "net2net", "padding")
+COPYING = ("hypercloning", "net2net")
+METHOD_NAMES = (*COPYING, "padding")
 SPLIT_NAMES = ("uneven", "even", "noise")
 DTYPE_CODES = ("F64", "F32", "F16", "BF16")
 DEPTH_METHOD = "blocks"

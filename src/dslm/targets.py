@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +17,7 @@ from dslm.sizes import FRIENDLY, Sizes, check_legal, count_parameters, is_legal
 _WIDEST = 8
 _LARGEST_FACTOR = 1000
 _LARGEST_COUNT = 10**15
+_GROUPED = re.compile(r"\d{1,3}(,\d{3})+(\.\d+)?")
 _FARTHEST = 0.5
 _LONGEST = 30
 
@@ -170,22 +172,29 @@ def like(source: Sizes, other: Sizes) -> Sizes:
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
-def parse_count(text: str) -> int:
-    """A number of parameters such as ``1B``, ``360M`` or ``134515008``.
+def parse_count(text: str, what: str = "parameters") -> int:
+    """A number of something such as ``1B``, ``360M``, ``134515008`` or ``134,515,008``.
+
+    Args:
+        text: what to read; commas stand before groups of three digits.
+        what: parameters or tokens.
 
     Raises:
         SizeError: it is not one.
     """
+    example = "give one such as 360M or 1.5B" if what == "parameters" else "give one such as 100k or 5M"
     unit = _UNITS.get(text[-1:].upper(), 1)
     number = text[:-1] if unit > 1 else text
     try:
+        if "," in number and not _GROUPED.fullmatch(number):
+            raise ValueError(text)
         value = parse_number(number.replace("_", "").replace(",", "")) * unit
     except (ValueError, ZeroDivisionError) as error:
-        raise SizeError(f"{text!r} is not a number of parameters", "give one such as 360M or 1.5B") from error
+        raise SizeError(f"{text!r} is not a number of {what}", example) from error
     if value < 1:
-        raise SizeError(f"{text!r} is not a positive number of parameters", "give one such as 360M or 1.5B")
+        raise SizeError(f"{text!r} is not a positive number of {what}", example)
     if value > _LARGEST_COUNT:
-        raise SizeError(f"{text!r} is more parameters than any model has", "give one such as 360M or 1.5B")
+        raise SizeError(f"{text!r} is too many {what}", example)
     return int(value)
 
 

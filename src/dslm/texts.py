@@ -61,6 +61,8 @@ def read_rows(source: str, characters: int, progress: Progress | None = None) ->
         RecipeError: it is missing, unreadable, empty, or not text.
         MissingExtraError: a hub data set needs a package that is not installed.
     """
+    if not source.strip():
+        raise RecipeError("the name of a text is empty", "name a file, a folder, or a data set's owner/name")
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder_rows(path, progress), f"the folder {source}"

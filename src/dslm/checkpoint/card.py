@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from dslm.checkpoint.config import DTYPE_NAMES
-from dslm.plan import DEPTH_METHOD, Plan
+from dslm.plan import COPYING, DEPTH_METHOD, Plan
 from dslm.shrink_plan import SELF, WRITTEN, names_data_set
 from dslm.sizes import differing
 
@@ -32,9 +32,9 @@ def command_of(plan: Plan) -> str:
     usual = "reconstruct" if plan.shrinks else "hypercloning"
     chosen = (method for method in plan.methods.values() if method != DEPTH_METHOD)  # that one is not chosen
     words.append(f"--method {next(chosen, usual)}")
-    if plan.calibration is None:
+    if plan.calibration is None and set(plan.methods.values()) & set(COPYING):
         words.append(f"--split {plan.split}" if plan.snr_db is None else f"--snr-db {plan.snr_db:g}")
-    else:
+    if plan.calibration is not None:
         texts = calibration_names(plan.calibration["texts"])
         words += [f"--calibration {shlex.quote(text)}" for text in texts if texts != [SELF]]
         words.append(f"--samples {plan.calibration['samples']}")
@@ -130,7 +130,7 @@ def render_card(
         changes=differing(plan.source, plan.target),
         sources=sources,
         explained=_EXPLAINED,
-        widened=set(plan.methods.values()) - {DEPTH_METHOD},
+        copied=set(plan.methods.values()) & set(COPYING),
         command=command_of(plan),
         measured={label: short_figure(value) for label, value in measured.items()},
         front_matter=yaml.safe_dump(metadata, sort_keys=False),

@@ -11,7 +11,24 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from dslm.errors import CheckpointError, SizeError
+from dslm.errors import CheckpointError, DslmError, SizeError
+
+
+@contextmanager
+def refused_config(kind: type[DslmError], hint: str) -> Iterator[None]:
+    """Tell what config and model classes raise at a config's values as an error of ours.
+
+    Raises:
+        DslmError: of that kind.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    known = (ValueError, TypeError, KeyError, AttributeError, AssertionError, StrictDataclassError)
+    try:
+        yield
+    except known as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise kind(f"transformers refuses the config: {reason[0].strip()}", hint) from error
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -21,20 +38,14 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         SizeError: the config class refuses the config.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     values = {key: value for key, value in config.items() if key != "model_type"}
-    try:
+    with refused_config(SizeError, "choose other sizes, or mend the source"):
         parsed = AutoConfig.for_model(config["model_type"], **values)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(parsed)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise SizeError(
-            f"transformers refuses the config: {reason}", "choose other sizes, or mend the source"
-        ) from error
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}

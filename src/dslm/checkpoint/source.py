@@ -33,6 +33,8 @@ def open_checkpoint(
         UnsupportedFamilyError: it is a model that cannot be resized.
         MissingExtraError: opening it needs a package that is not installed.
     """
+    if not model.strip():
+        raise CheckpointError("the name of a model is empty", "give a path, a hub id, or demo:smollm2-135m")
     if model.startswith(_DEMO):
         return open_demo(model.removeprefix(_DEMO), progress=progress)
     path = Path(model).expanduser()

@@ -46,7 +46,7 @@ def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:
             given = "is missing" if model is None else "is given twice"
             message = f"MODEL {given}; give it once, as an argument or with -i"
             raise click.UsageError(message, click.get_current_context())
-        return function(*args, model=model or model_option, **options)
+        return function(*args, model=model_option if model is None else model, **options)
 
     return wrapper
 

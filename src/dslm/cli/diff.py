@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,8 @@ def _read_text(text: str | None) -> str | None:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise click.UsageError(f"--text {text} is not a text file in UTF-8") from error
-    if path.suffix and not any(space in text for space in " \n\t"):
+    named = not any(space in text for space in " \n\t")
+    if named and (path.suffix or "/" in text or os.sep in text or path.exists()):
         raise click.UsageError(f"--text {text}: there is no such file")
     return text
 

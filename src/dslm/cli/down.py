@@ -156,7 +156,9 @@ def command(
     check_healing(heal_tokens, data, output, overwrite=overwrite)
     source = open_model(model, weights=not dry_run or options["search"] > 0, quiet=quiet)
     plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, options, [])
-    healing = healing_text(data, plan) if heal_tokens is not None else ()
+    if not plan.shrinks:
+        raise RecipeError(f"{plan_file} is a plan to grow", "give it to dslm up")
+    healing = healing_text(source, heal_tokens, data, plan) if heal_tokens is not None else ()
     shapes: list[Scored] = []
     if options["search"]:
         check_search(source, plan.target, options, None if dry_run else output, overwrite=overwrite)
@@ -167,10 +169,8 @@ def command(
         place = None if dry_run else output or Path("out")
         shapes = search_shapes(source, options, device, place, quiet=quiet)
         plan = _plan(source, options, shapes)
-    if not plan.shrinks:
-        raise RecipeError(f"{plan_file} is a plan to grow", "give it to dslm up")
-    plan = replace(plan, model=recorded_name(model, source))
     check_plan(plan, source.family, source.config)
+    plan = replace(plan, model=recorded_name(model, source))
     if not plan.methods:
         raise RecipeError(
             "nothing to shrink: the target is the source", "give -edd, -upd, a size, --params or --keep-ratio"

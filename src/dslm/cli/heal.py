@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from dslm.checkpoint.reader import Checkpoint
 from dslm.cli.common import progress_bar, remark, tell_evaluation
-from dslm.errors import RecipeError
+from dslm.errors import DslmError, RecipeError
 from dslm.plan import Plan
 from dslm.shrink_plan import SELF, names_data_set
 from dslm.targets import parse_count
@@ -26,7 +27,7 @@ def check_healing(tokens: str | None, data: tuple[str, ...], out: Path | None, *
     """Refuse before a long shrink what would keep it from being healed.
 
     Raises:
-        RecipeError: there is a text and no number of tokens, or the text cannot be read.
+        RecipeError: there is a text and no number of tokens, or no such text.
         MissingExtraError: a package is not installed.
         CheckpointError: an unfinished run is in the place.
     """
@@ -47,20 +48,26 @@ def check_healing(tokens: str | None, data: tuple[str, ...], out: Path | None, *
             )
 
 
-def healing_text(data: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+def healing_text(source: Checkpoint, tokens: str, data: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     """The text to heal on: what was named, or what the shrink is calibrated on.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, or it cannot be read, or is too short.
     """
+    from dslm.train.run import check_data
+
     data = data or tuple(text for text in (plan.calibration or {}).get("texts", ()) if text != SELF)
     if not data:
         raise RecipeError("there is no text to heal on", "name some with --data or --calibration")
+    try:
+        check_data(source, _training(tokens, data, seed=plan.seed))
+    except RecipeError as error:  # it may name options of dslm train
+        raise RecipeError(error.message, "give more text, or another one, with --data") from error
     return data
 
 
 def _training(tokens: str, data: tuple[str, ...], **options: Any) -> Training:
-    return Training(data=data, tokens=parse_count(tokens), **options)
+    return Training(data=data, tokens=parse_count(tokens, "tokens"), **options)
 
 
 def heal(
@@ -96,7 +103,7 @@ def heal(
                 progress=progress,
                 on_evaluation=None if quiet else tell_evaluation,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DslmError):
         remark(f"{out} is shrunk, not healed; dslm train {out} --teacher source does that", quiet=quiet)
         raise
     before, after = done.perplexity

@@ -131,7 +131,7 @@ def command(
     from dslm.train.runs import run_folder
 
     if options["tokens"] is not None:
-        options["tokens"] = parse_count(options["tokens"])
+        options["tokens"] = parse_count(options["tokens"], "tokens")
     asked = Training(**options)
     check_training(asked)
     source = open_model(model, quiet=quiet)

@@ -36,7 +36,7 @@ from dslm.cli.sizes import (
     untie_option,
 )
 from dslm.errors import RecipeError, VerificationError
-from dslm.plan import DEPTH_METHOD, GROWN, METHOD_NAMES, Plan, check_plan, plan_growth
+from dslm.plan import COPYING, GROWN, METHOD_NAMES, Plan, check_plan, plan_growth
 from dslm.report.tables import columns_table
 from dslm.sizes import Sizes, differing
 from dslm.targets import candidates, like, parse_count, parse_multiplier, scaled
@@ -114,12 +114,13 @@ def command(
     """
     if plan_file is not None:
         refuse_beside_plan(click.get_current_context(), FREE_BESIDE_PLAN | {"verify"})
+    _check_split(options)
     source = open_model(model, weights=not dry_run, quiet=quiet)
     plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, dtype, options)
     if plan.shrinks:
         raise RecipeError(f"{plan_file} is a plan to shrink", "give it to dslm down")
-    plan = replace(plan, model=recorded_name(model, source))
     check_plan(plan, source.family, source.config)
+    plan = replace(plan, model=recorded_name(model, source))
     facts = change_facts(source, plan) | {"split": plan.split, "seed": plan.seed}
     if not differing(plan.source, plan.target) and plan.dtype is None:
         raise RecipeError(
@@ -160,6 +161,18 @@ def _plan(source: Checkpoint, dtype: str | None, options: dict[str, Any]) -> Pla
         seed=options["seed"],
         dtype=next((code for code, name in DTYPE_NAMES.items() if name == dtype), None),
     )
+
+
+def _check_split(options: dict[str, Any]) -> None:
+    """Refuse a split that would change nothing."""
+    given = (
+        click.get_current_context().get_parameter_source("split") is click.core.ParameterSource.COMMANDLINE
+    )
+    named = ["--split"] * given + ["--snr-db"] * (options["snr_db"] is not None)
+    if named and options["method"] == "padding":
+        raise RecipeError(f"{named[0]} is for copies, and padding makes none", "leave one of them out")
+    if len(named) == 2:
+        raise RecipeError("--snr-db is a split of its own: even, with noise", "leave out --split")
 
 
 def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
@@ -217,6 +230,6 @@ def _report(facts: dict[str, Any], as_json: bool) -> None:
     out.print(columns_table(("", "before", "after", ""), rows))
     methods = list(dict.fromkeys(facts["methods"].values()))
     if methods:
-        split = [] if methods == [DEPTH_METHOD] else [f"{facts['split']} split"]
+        split = [f"{facts['split']} split"] if set(methods) & set(COPYING) else []
         out.print("\n" + ", ".join([*methods, *split, f"seed {facts['seed']}"]))
     out.print(f"written to {facts['output']}" if facts["output"] else "nothing written (--dry-run)")

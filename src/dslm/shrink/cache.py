@@ -6,13 +6,13 @@ import hashlib
 import json
 import logging
 import tempfile
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.user_cache import cache_folder
-from dslm.output import headers_hash
 
 _log = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 def place_of(kind: str, source: Checkpoint, facts: Any) -> Path | None:
     """The file in which something about a model is kept.
 
-    It is named by a fingerprint of the model's headers, the first row of every tensor (fine-tuned models have equal
-    headers), this version, and whatever else decides what is found.
+    It is named by a hash of all of the model's weights (one row may be all that was trained), its config, this version,
+    and whatever else decides what is found.
 
     Args:
         kind: a folder in the cache.
@@ -29,7 +29,7 @@ def place_of(kind: str, source: Checkpoint, facts: Any) -> Path | None:
         facts: what else decides, as JSON.
 
     Returns:
-        None where there is no cache, or the model is read through an adapter, of which the fingerprint knows nothing.
+        None where there is no cache, or the model is read through an adapter, of which the hash knows nothing.
     """
     try:
         folder = cache_folder() / kind
@@ -37,11 +37,23 @@ def place_of(kind: str, source: Checkpoint, facts: Any) -> Path | None:
         return None
     if source.adapter is not None:
         return None
-    parts = [metadata.version("dslm"), headers_hash(source), dict(source.config), facts]
+    paths = sorted({entry.file for entry in source.entries.values() if entry.file is not None})
+    weights = [_hash(path, *_state(path)) for path in paths]
+    parts = [metadata.version("dslm"), weights, dict(source.config), facts]
     found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for name in sorted(source.entries):
-        found.update(source.read_rows(name, 0, 1).float().numpy().tobytes())
     return folder / f"{found.hexdigest()[:32]}.json"
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=128)
+def _hash(path: Path, size: int, changed: int) -> str:
+    """Of a file that has not changed since it had this state."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_kept(place: Path | None) -> Any:

@@ -30,9 +30,9 @@ _JUDGED, _FITTED = 2048, 384
 """So many tokens to judge by, the first quarter of each window, and so many others of it to fit bridges on, at most."""
 _ROUNDS, _RUN = 3, 3
 """Rounds at most; so many layers go in one before there is another."""
-_NEAR, _LIKELY = 1.1, (2, 4)
-"""So many choices are likely at least and at most; in between, those that cost at most so many times what the best one
-costs. For SmolLM2-135M bridges put runs of three within 4 % of the cost in another order than rebuilding does."""
+_NEAR, _LIKELY = 0.1, (2, 4)
+"""So many choices are likely at least and at most; in between, those that cost at most such a share more than the best.
+For SmolLM2-135M bridges put runs of three within 4 % of the cost in another order than rebuilding does."""
 
 
 def likely_layers(
@@ -71,7 +71,7 @@ def likely_layers(
         order = sorted(range(len(choices)), key=losses.__getitem__)
         choices, costs = [choices[i] for i in order], [losses[i] - whole for i in order]
     least, most = _LIKELY
-    count = max(least, sum(cost <= _NEAR * costs[0] for cost in costs[:most]))
+    count = max(least, sum(cost - costs[0] <= _NEAR * abs(costs[0]) for cost in costs[:most]))
     return [tuple(layer for layer in range(layers) if layer not in gone) for gone in choices[:count]]
 
 

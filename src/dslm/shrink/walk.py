@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dslm.checkpoint.oracle import stored_parameters
+from dslm.checkpoint.oracle import refused_config, stored_parameters
 from dslm.errors import CheckpointError, DslmError, VerificationError
 from dslm.families import Tensor as TableTensor
 from dslm.load import pick_device
@@ -68,7 +68,7 @@ class Walk:
         device: where it runs.
 
     Raises:
-        CheckpointError: the family's table and the transformers class do not agree on a tensor.
+        CheckpointError: transformers refuses the config, or the family's table and the class do not agree on a tensor.
     """
 
     def __init__(self, weights: Weights, device: torch.device | str = "cpu") -> None:
@@ -77,9 +77,10 @@ class Walk:
         self.weights = weights
         self.device = torch.device(device)
         values = {key: value for key, value in weights.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(weights.config["model_type"], **values)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with refused_config(CheckpointError, "mend the model's config.json"):
+            config = AutoConfig.for_model(weights.config["model_type"], **values)
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         self.places = _places(self.model, weights)
         self.blocks = _blocks(self.model, weights)
         _fill_buffers(self.model, self.device)

@@ -10,6 +10,8 @@ from dslm.errors import RecipeError, tells_of_memory
 from dslm.load import load_model, need
 from dslm.train.settings import Training
 
+_ALL = "all-linear"
+
 
 def load_four_bit(checkpoint: Checkpoint, device: str) -> Any:
     """A model with its matrices in NF4, double quantised, computed in bfloat16 (QLoRA, arXiv 2305.14314).
@@ -51,26 +53,41 @@ def add_adapters(model: Any, asked: Training) -> Any:
 
     Raises:
         MissingExtraError: peft is not installed.
-        RecipeError: there are no such modules.
+        RecipeError: there are no such modules, or the adapter could not be merged.
     """
     peft = need("peft", "train", "training adapters")
-    names = [name.strip() for name in asked.lora_target.split(",")]
+    names = [name.strip() for name in asked.lora_target.split(",") if name.strip()]
+    if names != [_ALL]:
+        _check_targets(model, names, merge=asked.merge)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=asked.lora_r,
         lora_alpha=asked.lora_alpha,
         lora_dropout=asked.lora_dropout,
-        target_modules=names[0] if len(names) == 1 else names,
+        target_modules=_ALL if names == [_ALL] else names,
     )
-    try:
-        adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        linears = {name.split(".")[-1] for name, m in model.named_modules() if hasattr(m, "in_features")}
-        raise RecipeError(
-            f"no modules called {asked.lora_target}", f"take all-linear, or of {', '.join(sorted(linears))}"
-        ) from error
+    adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = ""  # peft asks the hub about what it finds there
     return adapted
+
+
+def _check_targets(model: Any, names: list[str], *, merge: bool) -> None:
+    """Refuse modules that are not there, and those into which no adapter can be merged."""
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    places = {place: m for place, m in model.named_modules() if hasattr(m, "in_features") or m in tables}
+    found = {name: [place for place in places if f".{place}".endswith(f".{name}")] for name in names}
+    if missing := [name for name in names if not found[name]] or [""] * (not names):
+        known = sorted({place.rpartition(".")[2] for place in places})
+        raise RecipeError(
+            f"no modules called {missing[0]!r} to put adapters on", f"take {_ALL}, or of {', '.join(known)}"
+        )
+    if merge and tables[0].weight is tables[1].weight:
+        for name, ends in found.items():
+            if any(places[place] in tables for place in ends):
+                raise RecipeError(
+                    f"what is learned by {name} cannot be merged: table and head are one matrix in this model",
+                    "leave out --merge, or untie the model with dslm up --untie",
+                )
 
 
 def merge_adapter(checkpoint: Checkpoint, adapter: Path) -> Any:

@@ -166,7 +166,7 @@ def _prepare(checkpoint: Checkpoint, asked: Training, processes: Any, progress: 
     apart = separates(model)
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     filler = next(i for i in ids if i is not None and i < checkpoint.sizes.vocab_size)
-    length = min(asked.block_size, checkpoint.context or asked.block_size)
+    length = _block_length(checkpoint, asked)
     blocks, held_out = read_blocks(documents, length, filler=filler, apart=apart, what=what)
     learn = None
     if teacher is not None:
@@ -178,6 +178,21 @@ def _prepare(checkpoint: Checkpoint, asked: Training, processes: Any, progress: 
     if asked.adapts:
         model = add_adapters(model, asked)
     return _Ready(model, tokenizer, lines, scales, blocks, held_out, apart)
+
+
+def check_data(checkpoint: Checkpoint, asked: Training, progress: Progress | None = None) -> None:
+    """Refuse text that a run could not use, before something long goes ahead of the run.
+
+    Raises:
+        RecipeError: it cannot be read, or is too short.
+        CheckpointError: the model has no tokenizer, or not one that fits.
+    """
+    documents, what = _documents(checkpoint, load_tokenizer(checkpoint), asked, 1, progress)
+    read_blocks(documents, _block_length(checkpoint, asked), filler=0, apart=False, what=what)
+
+
+def _block_length(checkpoint: Checkpoint, asked: Training) -> int:
+    return min(asked.block_size, checkpoint.context or asked.block_size)
 
 
 def _documents(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
@@ -138,7 +139,13 @@ def compare_checkpoints(
     comparison, floor = compare_models(a, b, windows, dtype=dtype, progress=progress)
     stored = min((torch_dtype(model.dtype) for model in (a, b)), key=lambda kind: kind.itemsize)
     storage = None if is_rounding(comparison, floor) else storage_floor(a, stored, windows, dtype=dtype)
-    certificate = certify(b, windows[0], source=a, progress=progress) if liveness else None
+    if not isfinite(floor.kl):
+        raise VerificationError(
+            f"{a.name} gives logits that are not finite", "check its weights; nothing can be compared with it"
+        )
+    # Of a model whose logits are no numbers there is nothing to say.
+    certified = liveness and isfinite(comparison.kl)
+    certificate = certify(b, windows[0], source=a, progress=progress) if certified else None
     return Report(
         a=a.name,
         b=b.name,
@@ -181,7 +188,9 @@ def gate(
         )
     if require_alive:
         if report.liveness is None:
-            failures.append("liveness was not measured")
+            failures.append(
+                "liveness was not measured" + ("" if isfinite(found.kl) else ": the logits are not finite")
+            )
         else:
             passed = {"dead": report.liveness.alive, "locked": report.liveness.unlocked}
             failures += [_listed(report.liveness, kind) for kind, good in passed.items() if not good]

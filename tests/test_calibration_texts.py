@@ -40,7 +40,7 @@ BAD_FILES = {
     "broken.jsonl": (b'{"text": "w3"}\n\n{"text": \n', "line 3 of "),
     "list.jsonl": (b"[1]\n", "line 1 of "),
     "keys.jsonl": (b'{"text": "w3"}\n{"body": "w3", "id": 7}\n', "has 'body', 'id'; the text must be under"),
-    "number.jsonl": (b'{"text": 3}\n', "has 'text'; the text must be under"),
+    "number.jsonl": (b'{"text": 3}\n', "is 3; it must be a text"),
     "short.txt": (b"w3 " * 63, "has 63 tokens, and 2 windows of 32 need 64"),
 }
 

@@ -194,5 +194,8 @@ def test_the_growth_recipe_runs_from_the_command(call, data, tmp_path):
     name = "model.layers.0.mlp.gate_proj.weight"
     assert torch.equal(before[name][:48, :32], after[name][:48, :32])
     assert not torch.equal(before[name], after[name])
+    measured = json.loads((out / "dslm.json").read_text())["trained"][0]["measured"]
+    learned = sum(int((after[name] != before[name]).sum()) for name in before)
+    assert 0.9 * measured["parameters that could learn"] < learned <= measured["parameters that could learn"]
     rates = [line["learning_rate"] for line in metrics(out) if "learning_rate" in line]
     assert max(rates) == pytest.approx(NEW * 1e-2, rel=0.05)

@@ -1,8 +1,10 @@
 """What ``dslm train`` refuses, in one line, with nothing written or lost."""
 
+import re
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import calling
 import pico
@@ -35,8 +37,24 @@ REFUSED = {
     "kl": (["--kl-weight", 2], "kl_weight is 2.0; it is from 0 to 1"),
     "modules": (
         ["--lora", "--lora-target", "nothing"],
-        "no modules called nothing; take all-linear, or of down_proj",
+        "no modules called 'nothing' to put adapters on; take all-linear, or of down_proj",
     ),
+    "a module": (["--lora", "--lora-target", "q_proj,typo"], "no modules called 'typo'"),
+    "a pattern": (["--lora", "--lora-target", "[("], "no modules called '[('"),
+    "no module": (["--lora", "--lora-target", ","], "no modules called ''"),
+    "merging a table": (
+        ["--lora", "--merge", "--lora-target", "q_proj,embed_tokens"],
+        "what is learned by embed_tokens cannot be merged: table and head are one matrix",
+    ),
+    "merging a head": (
+        ["--lora", "--merge", "--lora-target", "lm_head"],
+        "what is learned by lm_head cannot",
+    ),
+    "endless": (["--epochs", "inf"], "epochs is inf; it is a finite number"),
+    "rate without end": (["--lr", "inf"], "learning_rate is inf; it is a finite number"),
+    "decay": (["--weight-decay", "inf"], "weight_decay is inf; it is at most"),
+    "seed": (["--seed", 2**32], "seed is 4294967296; it is at most 4,294,967,295"),
+    "batch": (["--batch-size", 10**20], "batch_size is 100000000000000000000; it is at most"),
     "resume": (["--resume"], "there is no unfinished run in"),
 }
 
@@ -48,6 +66,47 @@ def test_what_cannot_be_is_refused_in_one_line(case, call, model, data, tmp_path
     assert (code, out) == (1, "")
     assert said in one_line(err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_text_to_evaluate_on_that_is_short_is_named(call, model, data, tmp_path):
+    (tmp_path / "short.txt").write_text("w3 w4")
+    asked = ["--data", data, "--eval-data", tmp_path / "short.txt"]
+    code, _, err = call("train", model, "-o", tmp_path / "out", *asked, *QUICK)
+    assert code == 1
+    assert "short.txt has 3 tokens to evaluate on" in one_line(err)
+    assert "--held-out" not in err
+
+
+def test_a_teacher_that_reads_less_than_a_block_is_refused(call, data, tmp_path):
+    student, teacher = tmp_path / "student", tmp_path / "teacher"
+    for folder, length in ((student, 64), (teacher, 8)):
+        config = pico.make_config("opt", "pre-norm")
+        config.max_position_embeddings = length
+        pico.save(AutoModelForCausalLM.from_config(config), folder)
+        add_tokenizer(folder)
+    asked = ["--data", data, *QUICK, "--teacher", teacher]
+    code, _, err = call("train", student, "-o", tmp_path / "out", *asked)
+    assert code == 1
+    assert "the teacher teacher reads 8 tokens at most, and a block has 16; give --block-size 8" in one_line(
+        err
+    )
+    assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "w3 \\ud800 w4"}', "line 2 of .* holds half of a character"),
+        ('{"text": 3}', "'text' of line 2 of .* is 3; it must be a text"),
+        ("[" * 100000, "line 2 of .* is nested too deeply"),
+    ],
+    ids=["surrogate", "number", "nested"],
+)
+def test_a_row_that_cannot_be_read_is_named(line, said, call, model, tmp_path):
+    (tmp_path / "d.jsonl").write_text(f'{{"text": "w3"}}\n{line}\n')
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", tmp_path / "d.jsonl", *QUICK)
+    assert code == 1
+    assert re.search(said, one_line(err)), err
 
 
 def test_a_broken_line_is_named(call, model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import calling
 import training
 from calling import one_line
-from dslm.errors import VerificationError
+from dslm.errors import DslmError, VerificationError
 from dslm.train.watch import Watch
 from training import QUICK, metrics
 
@@ -47,6 +48,23 @@ def test_a_run_goes_on_after_kill_9(call, model, data, tmp_path):
     assert code == 1
     assert "was asked for otherwise: learning_rate was 0.01 and is 0.02" in one_line(err)
     code, _, err = call("train", model, "-o", out, "--data", data, *options, "--resume")
+    assert code == 0, err
+    assert metrics(out) == metrics(tmp_path / "whole")
+    ours, theirs = (load_file(place / "model.safetensors") for place in (out, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_whose_output_could_not_be_written_goes_on_to_the_same_end(call, model, data, tmp_path):
+    options = ["--data", data, *QUICK, "--max-steps", 8, "--eval-every", 4, "--schedule", "constant", "-q"]
+    assert call("train", model, "-o", tmp_path / "whole", *options)[0] == 0
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "dslm.train.run._write", lambda *args, **kwargs: (_ for _ in ()).throw(DslmError("full"))
+        )
+        assert call("train", model, "-o", out, *options)[0] == 1
+    assert (tmp_path / "out.run" / "checkpoint-8" / "trainer_state.json").is_file()
+    code, _, err = call("train", model, "-o", out, *options, "--resume")
     assert code == 0, err
     assert metrics(out) == metrics(tmp_path / "whole")
     ours, theirs = (load_file(place / "model.safetensors") for place in (out, tmp_path / "whole"))
@@ -133,6 +151,27 @@ def test_what_is_no_number_is_named(key, word, tmp_path):
     state = SimpleNamespace(global_step=3, is_world_process_zero=True, num_input_tokens_seen=5)
     with pytest.raises(VerificationError, match=f"the {word} is inf at step 3"):
         watch.on_log(None, state, None, {"loss": 1.0} | {key: math.inf})
+
+
+@pytest.mark.parametrize("changed", ["weights", "eval_blocks", "teacher_weights"])
+def test_a_run_does_not_go_on_with_what_has_changed_under_its_name(changed, call, model, data, tmp_path):
+    ours, teacher, other = tmp_path / "ours", tmp_path / "teacher", tmp_path / "other.jsonl"
+    for folder in (ours, teacher):
+        shutil.copytree(model, folder)
+    other.write_text(data.read_text())
+    options = ["--data", data, "--eval-data", other, "--teacher", teacher, *QUICK, "-q"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dslm.train.run._run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call("train", ours, "-o", tmp_path / "out", *options)[0] == 130
+    if changed == "eval_blocks":
+        other.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    else:
+        place = (ours if changed == "weights" else teacher) / "model.safetensors"
+        tensors = load_file(place)
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] += 1
+        save_file(tensors, place, metadata={"format": "pt"})
+    code, _, err = call("train", ours, "-o", tmp_path / "out", *options, "--resume")
+    assert (code, f"was asked for otherwise: {changed} was" in one_line(err)) == (1, True)
 
 
 def test_a_run_does_not_go_on_with_another_number_of_processes(call, model, data, tmp_path):

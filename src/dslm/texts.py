@@ -169,6 +169,13 @@ def _split_titles(text: str) -> list[str]:
 def _json_row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"{where} holds half of a character: {error.reason}", "write it in whole"
+        ) from error
+    except RecursionError as error:
+        raise RecipeError(f"{where} is nested too deeply", 'write rows like {"text": "..."}') from error
     except ValueError as error:
         raise RecipeError(f"{where} is not JSON: {error}", "write one JSON object on each line") from error
     if not isinstance(row, dict):
@@ -185,6 +192,9 @@ def _row_of(row: dict[str, Any], where: str) -> Row:
         turns = tuple({**message, "content": _said(message.get("content"))} for message in messages)
         said = "\n\n".join(turn["content"] for turn in turns if turn["content"] is not None)
         return Row(said, turns, where)
+    for key, kind in (("text", "a text"), ("messages", "a list of turns")):
+        if key in row:
+            raise RecipeError(f"{key!r} of {where} is {row[key]!r:.40}", f"it must be {kind}")
     keys = ", ".join(map(repr, row)) or "no keys"
     raise RecipeError(f"{where} has {keys}", "the text must be under 'text', or in 'messages'")
 

@@ -6,11 +6,11 @@ import hashlib
 import json
 import logging
 import tempfile
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dslm.checkpoint.fingerprint import weights_hash
 from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.user_cache import cache_folder
 
@@ -37,23 +37,9 @@ def place_of(kind: str, source: Checkpoint, facts: Any) -> Path | None:
         return None
     if source.adapter is not None:
         return None
-    paths = sorted({entry.file for entry in source.entries.values() if entry.file is not None})
-    weights = [_hash(path, *_state(path)) for path in paths]
-    parts = [metadata.version("dslm"), weights, dict(source.config), facts]
+    parts = [metadata.version("dslm"), weights_hash(source), dict(source.config), facts]
     found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return folder / f"{found.hexdigest()[:32]}.json"
-
-
-def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-@lru_cache(maxsize=128)
-def _hash(path: Path, size: int, changed: int) -> str:
-    """Of a file that has not changed since it had this state."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_kept(place: Path | None) -> Any:

@@ -28,7 +28,7 @@ def _step_blocks(asked: Training, processes: int) -> int:
     return asked.batch_size * asked.gradient_accumulation * processes
 
 
-def _steps(asked: Training, blocks: Blocks, processes: int) -> int:
+def count_steps(asked: Training, blocks: Blocks, processes: int) -> int:
     """Optimiser steps of the run."""
     if asked.max_steps is not None:
         return asked.max_steps
@@ -103,7 +103,7 @@ def arrange(
     # Several GPUs without torchrun: replicas would call the forward pass of the first.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
-    steps = _steps(asked, train_blocks, arguments.world_size)
+    steps = count_steps(asked, train_blocks, arguments.world_size)
     arguments.max_steps = steps
     arguments.warmup_steps = round(asked.warmup * steps)
     arguments.logging_steps, arguments.eval_steps, arguments.save_steps = _intervals(asked, steps)

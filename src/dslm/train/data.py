@@ -246,20 +246,34 @@ def read_blocks(
     *,
     filler: int,
     apart: bool,
-    what: str,
+    what: tuple[str, str],
 ) -> tuple[Blocks, Blocks]:
     """Blocks to train on and blocks to evaluate on.
+
+    Args:
+        documents: to train on, and to evaluate on.
+        length: tokens in a block.
+        filler: token behind the last document.
+        apart: whether the model keeps documents apart.
+        what: where both are from; the same words where some of one are held out.
 
     Raises:
         RecipeError: there is not a block of each.
     """
     train, held_out = (pack(part, length, filler=filler, apart=apart) for part in documents)
-    for blocks, part, use in ((train, documents[0], "train"), (held_out, documents[1], "evaluate")):
-        if len(blocks) == 0 or blocks.learned == 0:
+    both = zip((train, held_out), documents, what, ("train", "evaluate"), strict=True)
+    for blocks, part, origin, use in both:
+        tokens = sum(map(len, part))
+        if tokens >= length and blocks.learned == 0:
             raise RecipeError(
-                f"{what} has {sum(map(len, part)):,} tokens to {use} on, fewer than a block of {length}",
-                "give more text, a smaller --block-size"
-                + (", or a larger --held-out" if use == "evaluate" else ""),
+                f"no block of {length} has anything to learn in the {tokens:,} tokens of {origin} to {use} on",
+                "give conversations in which the assistant speaks, or a larger --block-size",
+            )
+        if len(blocks) == 0 or blocks.learned == 0:
+            share = use == "evaluate" and what[0] == what[1]
+            raise RecipeError(
+                f"{origin} has {tokens:,} tokens to {use} on, fewer than a block of {length}",
+                "give more text, a smaller --block-size" + ", or a larger --held-out" * share,
             )
     return train, held_out
 

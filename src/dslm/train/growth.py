@@ -53,6 +53,8 @@ def recorded_growth(checkpoint: Checkpoint) -> Growth:
     values = recorded(checkpoint).get("plan")
     if not isinstance(values, dict):
         raise RecipeError(f"{checkpoint.name} has no record of how it was grown (dslm.json)", hint)
+    if "calibration" in values:
+        raise RecipeError(f"{checkpoint.name} was shrunk, not grown", hint)
     try:
         plan = Plan.from_dict(values)
         config = plan.source.into_config(checkpoint.family, checkpoint.config)
@@ -61,8 +63,6 @@ def recorded_growth(checkpoint: Checkpoint) -> Growth:
         raise RecipeError(
             f"the record of {checkpoint.name} (dslm.json) cannot be read: {error}", hint
         ) from error
-    if plan.shrinks:
-        raise RecipeError(f"{checkpoint.name} was shrunk, not grown", hint)
     if plan.target != checkpoint.sizes:
         raise RecipeError(f"{checkpoint.name} does not have the sizes that its record says (dslm.json)", hint)
     return growth

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dslm.checkpoint.fingerprint import weights_hash
 from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.writer import check_output
 from dslm.errors import RecipeError, enough_memory
@@ -72,6 +73,8 @@ def train_checkpoint(
     begin = time.monotonic()
     check_training(asked)
     need_packages(asked)
+    from dslm.train.arrange import arrange, count_steps
+
     nbytes = 0 if asked.adapts and not asked.merge else checkpoint.nbytes
     check_output(out, None if in_place else checkpoint.folder, nbytes, overwrite=overwrite or in_place)
     from accelerate import PartialState
@@ -84,18 +87,21 @@ def train_checkpoint(
         check_run(run_folder(out), resume=resume, overwrite=overwrite)
     with _enough_memory(asked, out):
         ready = _prepare(checkpoint, asked, processes, progress)
-    facts = asked.as_dict() | {
-        "model": checkpoint.name,
-        "blocks": _fingerprint(ready.blocks),
-        "processes": processes.num_processes,
-    }
     point = None
     if processes.is_main_process:
-        point = prepare_run(run_folder(out), facts, resume=resume, overwrite=overwrite)
+        facts = asked.as_dict() | {
+            "model": checkpoint.name,
+            "weights": weights_hash(checkpoint),
+            "teacher_weights": None if ready.teacher is None else weights_hash(ready.teacher),
+            "blocks": _fingerprint(ready.blocks),
+            "eval_blocks": _fingerprint(ready.held_out),
+            "processes": processes.num_processes,
+        }
+        # A run that ended and could not write its output takes its last steps once more.
+        below = count_steps(asked, ready.blocks, processes.num_processes)
+        point = prepare_run(run_folder(out), facts, below=below, resume=resume, overwrite=overwrite)
     point = _same_everywhere(point, processes)
     with _enough_memory(asked, out):
-        from dslm.train.arrange import arrange
-
         trainer, watch = arrange(
             ready.model, ready.tokenizer, asked, ready.blocks, ready.held_out, ready.scales, run_folder(out),
             progress=progress, on_evaluation=on_evaluation,
@@ -106,7 +112,7 @@ def train_checkpoint(
         folder=out,
         steps=trainer.state.global_step,
         tokens=trainer.state.num_input_tokens_seen,
-        learning=sum(p.numel() for p in ready.model.parameters() if p.requires_grad),
+        learning=ready.learning,
         perplexity=perplexity,
         seconds=time.monotonic() - begin,
         apart=ready.apart,
@@ -127,6 +133,8 @@ class _Ready:
         tokenizer: of the model.
         lines: parameter name -> its line of the family's table; empty for adapters.
         scales: parameter name -> how its rate differs.
+        learning: how many numbers can learn.
+        teacher: what it learns from, if anything.
         blocks: to train on.
         held_out: to evaluate on.
         apart: whether the model keeps documents in a block apart.
@@ -136,6 +144,8 @@ class _Ready:
     tokenizer: Any
     lines: Mapping[str, Tensor]
     scales: Mapping[str, Scale]
+    learning: int
+    teacher: Checkpoint | None
     blocks: Blocks
     held_out: Blocks
     apart: bool
@@ -170,14 +180,27 @@ def _prepare(checkpoint: Checkpoint, asked: Training, processes: Any, progress: 
     blocks, held_out = read_blocks(documents, length, filler=filler, apart=apart, what=what)
     learn = None
     if teacher is not None:
+        if teacher.context is not None and teacher.context < length:
+            raise RecipeError(
+                f"the teacher {teacher.name} reads {teacher.context} tokens at most, and a block has {length}",
+                f"give --block-size {teacher.context}",
+            )
         taught = load_model(teacher, device=device).requires_grad_(False)
         learn = Distillation(taught, asked.temperature, asked.kl_weight)
     give_loss(model, learn)
     lines = {} if asked.adapts else table_lines(model, checkpoint)
-    scales = {} if growth is None else _follow_growth(model, lines, growth, asked)
     if asked.adapts:
         model = add_adapters(model, asked)
-    return _Ready(model, tokenizer, lines, scales, blocks, held_out, apart)
+    scales: Mapping[str, Scale] = {}
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if growth is not None:
+        scales = _rates(lines, growth, asked)
+    if growth is not None and asked.freeze_old:
+        named = dict(model.named_parameters())
+        learning = freeze_old([(named[name], line) for name, line in lines.items()], growth)
+        if learning == 0:
+            raise RecipeError("growing added nothing that could learn", "leave out --freeze-old")
+    return _Ready(model, tokenizer, lines, scales, learning, teacher, blocks, held_out, apart)
 
 
 def check_data(checkpoint: Checkpoint, asked: Training, progress: Progress | None = None) -> None:
@@ -197,8 +220,8 @@ def _block_length(checkpoint: Checkpoint, asked: Training) -> int:
 
 def _documents(
     checkpoint: Checkpoint, tokenizer: Any, asked: Training, processes: int, progress: Progress | None
-) -> tuple[tuple[list[Document], list[Document]], str]:
-    """What to train on and what to evaluate on, and in words what it is."""
+) -> tuple[tuple[list[Document], list[Document]], tuple[str, str]]:
+    """What to train on and what to evaluate on, and in words what they are."""
     per_step = asked.batch_size * asked.gradient_accumulation * processes * asked.block_size
     wanted = asked.tokens or (asked.max_steps or 0) * per_step or _HUB_TOKENS
     characters = CHARACTERS * round(wanted / (1 - asked.held_out))
@@ -212,8 +235,9 @@ def _documents(
     read = [tokens(source) for source in asked.data]
     documents, what = [one for found, _ in read for one in found], ", ".join(origin for _, origin in read)
     if asked.eval_data is None:
-        return hold_out(documents, asked.held_out, asked.seed), what
-    return (documents, tokens(asked.eval_data)[0]), what
+        return hold_out(documents, asked.held_out, asked.seed), (what, what)
+    others, other = tokens(asked.eval_data)
+    return (documents, others), (what, other)
 
 
 def _model(checkpoint: Checkpoint, asked: Training, device: str) -> Any:
@@ -226,14 +250,9 @@ def _model(checkpoint: Checkpoint, asked: Training, device: str) -> Any:
     return model
 
 
-def _follow_growth(
-    model: Any, lines: Mapping[str, Tensor], growth: Growth, asked: Training
-) -> dict[str, Scale]:
-    """Freeze what was there, where that is asked for; how the rates of the rest differ."""
+def _rates(lines: Mapping[str, Tensor], growth: Growth, asked: Training) -> dict[str, Scale]:
+    """How the rates of a grown model's parameters differ."""
     if asked.freeze_old:
-        named = dict(model.named_parameters())
-        if freeze_old([(named[name], line) for name, line in lines.items()], growth) == 0:
-            raise RecipeError("growing added nothing that could learn", "leave out --freeze-old")
         # All that learns is new; decay needs no gradient and would wear down what is frozen.
         scale = Scale(NEW, new=1.0) if asked.recipe == "growth" else Scale()
         return dict.fromkeys(lines, replace(scale, decay=0.0))

@@ -19,12 +19,15 @@ def run_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.run")
 
 
-def prepare_run(folder: Path, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+def prepare_run(
+    folder: Path, asked: Mapping[str, Any], *, below: int, resume: bool, overwrite: bool
+) -> Path | None:
     """Make the folder of a run, or find where an earlier one is to go on.
 
     Args:
         folder: of the run.
         asked: everything that decides the run's numbers.
+        below: go on from a step before this one.
         resume: go on with what is there.
         overwrite: what is there may go.
 
@@ -53,7 +56,7 @@ def prepare_run(folder: Path, asked: Mapping[str, Any], *, resume: bool, overwri
             f"the run in {folder} was asked for otherwise: {words}",
             "resume with its settings, or use --overwrite",
         )
-    return last_checkpoint(folder)
+    return last_checkpoint(folder, below)
 
 
 def check_run(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -75,10 +78,11 @@ def check_run(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that is whole: its state is what the Trainer writes last."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+def last_checkpoint(folder: Path, below: int) -> Path | None:
+    """The latest checkpoint before a step that is whole: its state is what the Trainer writes last."""
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    found = {path: int(step) for path, step in steps.items() if step.isdigit() and int(step) < below}
+    for path in sorted(found, key=lambda path: -found[path]):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

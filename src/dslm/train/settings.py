@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 from dslm.errors import RecipeError
 
+_MOST = 2**32 - 1
+"""The largest seed there is; no count is larger."""
 MODES = ("full", "lora", "qlora")
 SCHEDULES = ("cosine", "linear", "constant")
 RECIPES = ("plain", "growth")
@@ -150,10 +153,14 @@ def _check_numbers(asked: Training) -> None:
         value = getattr(asked, name)
         if value is not None and not value >= bound:
             raise RecipeError(f"{name} is {value}", f"it is at least {bound:g}")
+        if value is not None and not value <= _MOST:
+            raise RecipeError(f"{name} is {value}", f"it is at most {_MOST:,}")
     for name in ("rate", "epochs", "temperature", "lora_alpha"):
-        if not getattr(asked, name) > 0:
+        value = getattr(asked, name)
+        if not 0 < value < inf:
+            word = name.replace("rate", "learning_rate")
             raise RecipeError(
-                f"{name.replace('rate', 'learning_rate')} is {getattr(asked, name)}", "it is above 0"
+                f"{word} is {value}", "it is above 0" if not value > 0 else "it is a finite number"
             )
     ranges = {"held_out": (0, 0.5), "warmup": (0, 1), "kl_weight": (0, 1), "lora_dropout": (0, 0.9)}
     for name, (low, high) in ranges.items():

@@ -131,7 +131,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return
         for key in ("loss", "eval_loss", "grad_norm"):
             if not math.isfinite(found.get(key, 0.0)):
-                kept = "the last checkpoint before it is kept"
+                some = any(self.path.parent.glob("checkpoint-*"))
+                kept = "the last checkpoint before it is kept" if some else "no checkpoint was before it"
                 raise VerificationError(
                     f"the {_WORDS[key]} is {found[key]} at step {state.global_step}; {kept}",
                     "lower --learning-rate, or check the data and the model",

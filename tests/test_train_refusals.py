@@ -68,6 +68,22 @@ def test_what_cannot_be_is_refused_in_one_line(case, call, model, data, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperature", 2], "--temperature needs --teacher"),
+        (["--kl-weight", 0.5, "--lora"], "--kl-weight needs --teacher"),
+        (["--lora-r", 3], "--lora-r needs --lora or --qlora"),
+        (["--epochs", 7], "--epochs needs a run without --tokens and --max-steps"),
+        (["--held-out", 0.3, "--eval-data", "x.txt"], "--held-out needs a run without --eval-data"),
+    ],
+)
+def test_options_that_nothing_would_use_are_refused(options, said, call, model, data, tmp_path):
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK, *options)
+    assert (code, said in one_line(err)) == (2, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_text_to_evaluate_on_that_is_short_is_named(call, model, data, tmp_path):
     (tmp_path / "short.txt").write_text("w3 w4")
     asked = ["--data", data, "--eval-data", tmp_path / "short.txt"]

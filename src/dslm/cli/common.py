@@ -91,6 +91,21 @@ def open_model(
     return with_adapter(checkpoint, adapter)
 
 
+def refuse_unused(context: click.Context, unused: Mapping[str, str]) -> None:
+    """Refuse options that were given and that nothing would use.
+
+    Args:
+        context: of the command.
+        unused: name of a parameter -> what it needs.
+
+    Raises:
+        click.UsageError: there is one.
+    """
+    for name, needed in unused.items():
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs {needed}", context)
+
+
 def console(*, stderr: bool = False) -> Console:
     """A rich console; into a pipe it is wide enough that tables do not wrap."""
     from rich.console import Console

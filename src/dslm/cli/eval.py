@@ -15,6 +15,7 @@ from dslm.cli.common import (
     output_options,
     print_json,
     progress_bar,
+    refuse_unused,
 )
 from dslm.report.tables import columns_table, pairs_table
 
@@ -102,7 +103,7 @@ def command(
     examples. Tasks need lm-eval: pip install 'dslm[eval]'. Its own tasks come from the hub; a task file may name
     local data.
     """
-    _refuse_unused(click.get_current_context(), text, tasks)
+    refuse_unused(click.get_current_context(), _unused(text, tasks))
     suite = None if tasks is None else _load_tasks(tasks, num_fewshot, quiet=quiet)
     wants_text = tasks is None or text is not None
     if text is not None:
@@ -123,18 +124,12 @@ def command(
         _print_tasks(on_tasks, after_text=on_text is not None)
 
 
-def _refuse_unused(context: click.Context, text: Path | None, tasks: str | None) -> None:
-    """Refuse options that nothing would use.
-
-    Raises:
-        click.UsageError: there is one.
-    """
+def _unused(text: Path | None, tasks: str | None) -> dict[str, str]:
+    """Options that nothing would use, and what each needs."""
     unused = {"num_fewshot": "--tasks", "batch_size": "--tasks"} if tasks is None else {}
     if tasks is not None and text is None:
         unused = {"sequence_length": "--text"}
-    for name, needed in unused.items():
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} needs {needed}", context)
+    return unused
 
 
 def _load_tasks(tasks: str, num_fewshot: int | None, *, quiet: bool) -> Suite:

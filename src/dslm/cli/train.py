@@ -17,6 +17,7 @@ from dslm.cli.common import (
     output_options,
     print_json,
     progress_bar,
+    refuse_unused,
     remark,
     tell_evaluation,
 )
@@ -134,6 +135,7 @@ def command(
         options["tokens"] = parse_count(options["tokens"], "tokens")
     asked = Training(**options)
     check_training(asked)
+    refuse_unused(click.get_current_context(), _unused(asked))
     source = open_model(model, quiet=quiet)
     quiet_here = quiet or _rank() > 0
     try:
@@ -153,6 +155,20 @@ def command(
         raise
     if _rank() == 0:
         _report(done, asked.adapts and not asked.merge, as_json)
+
+
+def _unused(asked: Training) -> dict[str, str]:
+    """Options that nothing would use, and what each needs."""
+    unused: dict[str, str] = {}
+    if asked.teacher is None:
+        unused |= dict.fromkeys(("temperature", "kl_weight"), "--teacher")
+    if not asked.adapts:
+        unused |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target"), "--lora or --qlora")
+    if asked.eval_data is not None:
+        unused["held_out"] = "a run without --eval-data"
+    if asked.tokens is not None or asked.max_steps is not None:
+        unused["epochs"] = "a run without --tokens and --max-steps"
+    return unused
 
 
 def _rank() -> int:

@@ -46,6 +46,7 @@ BAD = [
     (["--params", "1M"], 1, "1,000,000 parameters is not smaller than the source's 26,336.*dslm up"),
     (["--params", "26336"], 1, "not smaller.*dslm up"),
     (["--params", "0"], 1, "'0' is not a positive number"),
+    (["--untie"], 1, "nothing to shrink: --untie takes nothing away"),
     (["--num-hidden-layers", "2", "--calibration", ""], 1, "the name of a calibration text is empty"),
     (
         ["--num-hidden-layers", "2", "--heal-tokens", "many"],

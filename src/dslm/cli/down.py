@@ -172,9 +172,8 @@ def command(
     check_plan(plan, source.family, source.config)
     plan = replace(plan, model=recorded_name(model, source))
     if not plan.methods:
-        raise RecipeError(
-            "nothing to shrink: the target is the source", "give -edd, -upd, a size, --params or --keep-ratio"
-        )
+        same = "--untie takes nothing away" if options["untie"] else "the target is the source"
+        raise RecipeError(f"nothing to shrink: {same}", "give -edd, -upd, a size, --params or --keep-ratio")
     facts = change_facts(source, plan) | {"seed": plan.seed, "calibration": plan.calibration}
     if shapes:
         facts["shapes"] = [shape_facts(shape) for shape in shapes]

@@ -79,6 +79,27 @@ def test_healing_needs_text_and_length(options, said, call, model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--heal-tokens", "20k", "--seed", 2**32], "seed is 4294967296; it is at most"),
+        (["--heal-tokens", "2000T"], "'2000T' is not a number of tokens"),
+    ],
+)
+def test_healing_that_cannot_be_is_seen_before_the_shrink(options, said, call, model, data, tmp_path):
+    options = ["--intermediate-size", 32, "--calibration", data, *options]
+    code, _, err = call("down", model, "-o", tmp_path / "out", *options)
+    assert (code, said in one_line(err)) == (1, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_reads_no_text(call, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("dslm.train.run.check_data", lambda *args: pytest.fail("read"))
+    options = ["--intermediate-size", 32, "--heal-tokens", "1k", "--data", "someone/something", "--dry-run"]
+    code, out, err = call("down", model, *options)
+    assert (code, "nothing written" in out) == (0, True), err
+
+
 def test_an_unfinished_run_is_seen_before_the_shrink(call, model, data, tmp_path):
     run = tmp_path / "out.run" / "run.json"
     run.parent.mkdir()

@@ -142,20 +142,20 @@ def test_the_seed_decides_what_is_held_out():
 
 def test_too_little_text_for_a_block():
     with pytest.raises(RecipeError, match="d has 3 tokens to train on, fewer than a block of 4"):
-        read_blocks(([document(1, 2, 3)], []), 4, filler=0, apart=True, what=("d", "d"))
+        read_blocks(([document(1, 2, 3)], []), 4, filler=0, apart=True, what=("d", None))
     short = [document(1, 2, 3, 4)], [document(1)]
     with pytest.raises(RecipeError, match=r"d has 1 tokens to evaluate on.*or a larger --held-out"):
-        read_blocks(short, 4, filler=0, apart=True, what=("d", "d"))
+        read_blocks(short, 4, filler=0, apart=True, what=("d", None))
     with pytest.raises(RecipeError, match=r"e has 1 tokens to evaluate on.*a smaller --block-size$"):
         read_blocks(short, 4, filler=0, apart=True, what=("d", "e"))
 
 
-def test_text_of_which_nothing_is_to_be_learned():
-    silent = Document(np.arange(9, dtype=np.int32), np.zeros(9, bool), whole=False)
-    with pytest.raises(
-        RecipeError, match="no block of 4 has anything to learn in the 9 tokens of d to train on"
-    ):
-        read_blocks(([silent], [document(1, 2, 3, 4)]), 4, filler=0, apart=True, what=("d", "d"))
+@pytest.mark.parametrize(("count", "whole"), [(9, False), (9, True), (3, True)])
+def test_text_of_which_nothing_is_to_be_learned(count, whole):
+    silent = Document(np.arange(count, dtype=np.int32), np.zeros(count, bool), whole)
+    said = f"no block of 4 has anything to learn in {count} tokens to train on of d"
+    with pytest.raises(RecipeError, match=said):
+        read_blocks(([silent], [document(1, 2, 3, 4)]), 4, filler=0, apart=True, what=("d", None))
 
 
 def test_a_folder_is_read_file_by_file(tmp_path):

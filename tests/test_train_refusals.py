@@ -53,6 +53,7 @@ REFUSED = {
     "endless": (["--epochs", "inf"], "epochs is inf; it is a finite number"),
     "rate without end": (["--lr", "inf"], "learning_rate is inf; it is a finite number"),
     "decay": (["--weight-decay", "inf"], "weight_decay is inf; it is at most"),
+    "not alone": (["--lora", "--lora-target", "all-linear,q_proj"], "all-linear beside other modules"),
     "seed": (["--seed", 2**32], "seed is 4294967296; it is at most 4,294,967,295"),
     "batch": (["--batch-size", 10**20], "batch_size is 100000000000000000000; it is at most"),
     "resume": (["--resume"], "there is no unfinished run in"),
@@ -114,9 +115,13 @@ def test_a_teacher_that_reads_less_than_a_block_is_refused(call, data, tmp_path)
     [
         ('{"text": "w3 \\ud800 w4"}', "line 2 of .* holds half of a character"),
         ('{"text": 3}', "'text' of line 2 of .* is 3; it must be a text"),
+        (
+            '{"messages": [{"role": "user", "content": "w3 \\ud800 w4"}]}',
+            "line 2 of .* holds half of a character",
+        ),
         ("[" * 100000, "line 2 of .* is nested too deeply"),
     ],
-    ids=["surrogate", "number", "nested"],
+    ids=["surrogate", "surrogate in a turn", "number", "nested"],
 )
 def test_a_row_that_cannot_be_read_is_named(line, said, call, model, tmp_path):
     (tmp_path / "d.jsonl").write_text(f'{{"text": "w3"}}\n{line}\n')

@@ -54,8 +54,20 @@ def test_a_run_goes_on_after_kill_9(call, model, data, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_run_whose_output_could_not_be_written_goes_on_to_the_same_end(call, model, data, tmp_path):
-    options = ["--data", data, *QUICK, "--max-steps", 8, "--eval-every", 4, "--schedule", "constant", "-q"]
+@pytest.mark.parametrize("every", [4, 8])
+def test_a_run_whose_output_could_not_be_written_goes_on_to_the_same_end(every, call, model, data, tmp_path):
+    options = [
+        "--data",
+        data,
+        *QUICK,
+        "--max-steps",
+        8,
+        "--eval-every",
+        every,
+        "--schedule",
+        "constant",
+        "-q",
+    ]
     assert call("train", model, "-o", tmp_path / "whole", *options)[0] == 0
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +75,8 @@ def test_a_run_whose_output_could_not_be_written_goes_on_to_the_same_end(call, m
             "dslm.train.run._write", lambda *args, **kwargs: (_ for _ in ()).throw(DslmError("full"))
         )
         assert call("train", model, "-o", out, *options)[0] == 1
-    assert (tmp_path / "out.run" / "checkpoint-8" / "trainer_state.json").is_file()
+    kept = {path.name for path in (tmp_path / "out.run").glob("checkpoint-*/")}
+    assert kept == {"checkpoint-4", "checkpoint-8"}
     code, _, err = call("train", model, "-o", out, *options, "--resume")
     assert code == 0, err
     assert metrics(out) == metrics(tmp_path / "whole")

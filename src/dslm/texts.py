@@ -117,7 +117,7 @@ def _holds_rows(text: str) -> bool:
     """Whether the first line is a document; otherwise the file is likely one value, over one line or many."""
     try:
         first = json.loads(text.lstrip().partition("\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and bool({"text", "messages"} & first.keys())
 
@@ -169,18 +169,18 @@ def _split_titles(text: str) -> list[str]:
 def _json_row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise RecipeError(
-            f"{where} holds half of a character: {error.reason}", "write it in whole"
-        ) from error
     except RecursionError as error:
         raise RecipeError(f"{where} is nested too deeply", 'write rows like {"text": "..."}') from error
     except ValueError as error:
         raise RecipeError(f"{where} is not JSON: {error}", "write one JSON object on each line") from error
     if not isinstance(row, dict):
         raise RecipeError(f"{where} is not a JSON object", 'write rows like {"text": "..."}')
-    return _row_of(row, where)
+    found = _row_of(row, where)
+    try:
+        found.text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{where} holds half of a character: {error.reason}", "write it whole") from error
+    return found
 
 
 def _row_of(row: dict[str, Any], where: str) -> Row:

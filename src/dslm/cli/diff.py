@@ -79,16 +79,16 @@ def _read_text(text: str | None) -> str | None:
         return None
     path = Path(text)
     try:
-        is_file = path.is_file()
+        is_file, is_there = path.is_file(), path.exists()
     except OSError:  # too long for the name of a file
-        is_file = False
+        is_file = is_there = False
     if is_file:
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise click.UsageError(f"--text {text} is not a text file in UTF-8") from error
     named = not any(space in text for space in " \n\t")
-    if named and (path.suffix or "/" in text or os.sep in text or path.exists()):
+    if named and (path.suffix or "/" in text or os.sep in text or is_there):
         raise click.UsageError(f"--text {text}: there is no such file")
     return text
 

@@ -10,7 +10,14 @@ import click
 
 from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
 from dslm.cli.down_target import check_search, search_shapes, target_sizes, wanted_parameters
-from dslm.cli.heal import check_healing, heal, heal_data_option, heal_tokens_option, healing_text
+from dslm.cli.heal import (
+    check_healing,
+    heal,
+    heal_data_option,
+    heal_tokens_option,
+    healing_text,
+    read_healing_text,
+)
 from dslm.cli.sizes import (
     FREE_BESIDE_PLAN,
     change_facts,
@@ -158,7 +165,9 @@ def command(
     plan = Plan.from_yaml(plan_file) if plan_file else _plan(source, options, [])
     if not plan.shrinks:
         raise RecipeError(f"{plan_file} is a plan to grow", "give it to dslm up")
-    healing = healing_text(source, heal_tokens, data, plan) if heal_tokens is not None else ()
+    healing = healing_text(data, plan) if heal_tokens is not None else ()
+    if heal_tokens is not None and not dry_run:
+        read_healing_text(source, heal_tokens, healing, plan.seed)
     shapes: list[Scored] = []
     if options["search"]:
         check_search(source, plan.target, options, None if dry_run else output, overwrite=overwrite)

@@ -48,22 +48,32 @@ def check_healing(tokens: str | None, data: tuple[str, ...], out: Path | None, *
             )
 
 
-def healing_text(source: Checkpoint, tokens: str, data: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+def healing_text(data: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     """The text to heal on: what was named, or what the shrink is calibrated on.
 
     Raises:
-        RecipeError: there is none, or it cannot be read, or is too short.
+        RecipeError: there is none.
     """
-    from dslm.train.run import check_data
-
     data = data or tuple(text for text in (plan.calibration or {}).get("texts", ()) if text != SELF)
     if not data:
         raise RecipeError("there is no text to heal on", "name some with --data or --calibration")
-    try:
-        check_data(source, _training(tokens, data, seed=plan.seed))
-    except RecipeError as error:  # it may name options of dslm train
-        raise RecipeError(error.message, "give more text, or another one, with --data") from error
     return data
+
+
+def read_healing_text(source: Checkpoint, tokens: str, data: tuple[str, ...], seed: int) -> None:
+    """Read the text once before a long shrink.
+
+    Raises:
+        RecipeError: it cannot be read, or is too short.
+        CheckpointError: the model has no tokenizer, or not one that fits.
+    """
+    from dslm.train.run import check_data
+
+    try:
+        check_data(source, _training(tokens, data, seed=seed))
+    except RecipeError as error:
+        hint = "give more text, or another one, with --data" if "--block-size" in error.hint else error.hint
+        raise RecipeError(error.message, hint) from error
 
 
 def _training(tokens: str, data: tuple[str, ...], **options: Any) -> Training:

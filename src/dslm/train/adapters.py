@@ -57,7 +57,9 @@ def add_adapters(model: Any, asked: Training) -> Any:
     """
     peft = need("peft", "train", "training adapters")
     names = [name.strip() for name in asked.lora_target.split(",") if name.strip()]
-    if names != [_ALL]:
+    if [name.lower() for name in names] == [_ALL]:
+        names = [_ALL]
+    else:
         _check_targets(model, names, merge=asked.merge)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -73,6 +75,8 @@ def add_adapters(model: Any, asked: Training) -> Any:
 
 def _check_targets(model: Any, names: list[str], *, merge: bool) -> None:
     """Refuse modules that are not there, and those into which no adapter can be merged."""
+    if _ALL in names:
+        raise RecipeError(f"{_ALL} beside other modules", f"{_ALL} stands alone")
     tables = model.get_input_embeddings(), model.get_output_embeddings()
     places = {place: m for place, m in model.named_modules() if hasattr(m, "in_features") or m in tables}
     found = {name: [place for place in places if f".{place}".endswith(f".{name}")] for name in names}

@@ -41,9 +41,13 @@ def count_steps(asked: Training, blocks: Blocks, processes: int) -> int:
 
 
 def _intervals(asked: Training, steps: int) -> tuple[int, int, int]:
-    """Steps between lines of metrics, evaluations and checkpoints; the first divides the others."""
+    """Steps between lines of metrics, evaluations and checkpoints; the first divides the others.
+
+    There is a checkpoint before the last one: where the output cannot be written the run goes on from there.
+    """
     evaluate = min(asked.eval_every or max(1, steps // 10), steps)
-    save = min(asked.save_every or evaluate, steps)
+    save = asked.save_every or evaluate
+    save = save if save < steps else max(1, steps // 2)
     common = gcd(evaluate, save)
     wished = max(1, min(10, steps // 20))
     return max(d for d in range(1, wished + 1) if common % d == 0), evaluate, save

@@ -246,7 +246,7 @@ def read_blocks(
     *,
     filler: int,
     apart: bool,
-    what: tuple[str, str],
+    what: tuple[str, str | None],
 ) -> tuple[Blocks, Blocks]:
     """Blocks to train on and blocks to evaluate on.
 
@@ -255,7 +255,7 @@ def read_blocks(
         length: tokens in a block.
         filler: token behind the last document.
         apart: whether the model keeps documents apart.
-        what: where both are from; the same words where some of one are held out.
+        what: where both are from; None where what to evaluate on is a share of the other.
 
     Raises:
         RecipeError: there is not a block of each.
@@ -264,16 +264,15 @@ def read_blocks(
     both = zip((train, held_out), documents, what, ("train", "evaluate"), strict=True)
     for blocks, part, origin, use in both:
         tokens = sum(map(len, part))
-        if tokens >= length and blocks.learned == 0:
+        if blocks.learned == 0 and (tokens >= length or any(document.whole for document in part)):
             raise RecipeError(
-                f"no block of {length} has anything to learn in the {tokens:,} tokens of {origin} to {use} on",
+                f"no block of {length} has anything to learn in {tokens:,} tokens to {use} on of {origin or what[0]}",
                 "give conversations in which the assistant speaks, or a larger --block-size",
             )
         if len(blocks) == 0 or blocks.learned == 0:
-            share = use == "evaluate" and what[0] == what[1]
             raise RecipeError(
-                f"{origin} has {tokens:,} tokens to {use} on, fewer than a block of {length}",
-                "give more text, a smaller --block-size" + ", or a larger --held-out" * share,
+                f"{origin or what[0]} has {tokens:,} tokens to {use} on, fewer than a block of {length}",
+                "give more text, a smaller --block-size" + ", or a larger --held-out" * (origin is None),
             )
     return train, held_out
 

@@ -204,12 +204,13 @@ def _prepare(checkpoint: Checkpoint, asked: Training, processes: Any, progress: 
 
 
 def check_data(checkpoint: Checkpoint, asked: Training, progress: Progress | None = None) -> None:
-    """Refuse text that a run could not use, before something long goes ahead of the run.
+    """Refuse a run or its text, before something long goes ahead of the run.
 
     Raises:
-        RecipeError: it cannot be read, or is too short.
+        RecipeError: what is asked for does not fit together, or the text cannot be read, or is too short.
         CheckpointError: the model has no tokenizer, or not one that fits.
     """
+    check_training(asked)
     documents, what = _documents(checkpoint, load_tokenizer(checkpoint), asked, 1, progress)
     read_blocks(documents, _block_length(checkpoint, asked), filler=0, apart=False, what=what)
 
@@ -220,8 +221,8 @@ def _block_length(checkpoint: Checkpoint, asked: Training) -> int:
 
 def _documents(
     checkpoint: Checkpoint, tokenizer: Any, asked: Training, processes: int, progress: Progress | None
-) -> tuple[tuple[list[Document], list[Document]], tuple[str, str]]:
-    """What to train on and what to evaluate on, and in words what they are."""
+) -> tuple[tuple[list[Document], list[Document]], tuple[str, str | None]]:
+    """What to train on and what to evaluate on, and in words what they are; None for a share that is held out."""
     per_step = asked.batch_size * asked.gradient_accumulation * processes * asked.block_size
     wanted = asked.tokens or (asked.max_steps or 0) * per_step or _HUB_TOKENS
     characters = CHARACTERS * round(wanted / (1 - asked.held_out))
@@ -235,7 +236,7 @@ def _documents(
     read = [tokens(source) for source in asked.data]
     documents, what = [one for found, _ in read for one in found], ", ".join(origin for _, origin in read)
     if asked.eval_data is None:
-        return hold_out(documents, asked.held_out, asked.seed), (what, what)
+        return hold_out(documents, asked.held_out, asked.seed), (what, None)
     others, other = tokens(asked.eval_data)
     return (documents, others), (what, other)
 

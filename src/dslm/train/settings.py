@@ -9,8 +9,8 @@ from typing import Any
 
 from dslm.errors import RecipeError
 
-_MOST = 2**32 - 1
-"""The largest seed there is; no count is larger."""
+_MOST, _LAST_SEED = 10**15, 2**32 - 1
+"""No count is larger, and no seed."""
 MODES = ("full", "lora", "qlora")
 SCHEDULES = ("cosine", "linear", "constant")
 RECIPES = ("plain", "growth")
@@ -153,8 +153,9 @@ def _check_numbers(asked: Training) -> None:
         value = getattr(asked, name)
         if value is not None and not value >= bound:
             raise RecipeError(f"{name} is {value}", f"it is at least {bound:g}")
-        if value is not None and not value <= _MOST:
-            raise RecipeError(f"{name} is {value}", f"it is at most {_MOST:,}")
+        most = _LAST_SEED if name == "seed" else inf if name == "max_grad_norm" else _MOST
+        if value is not None and not value <= most:
+            raise RecipeError(f"{name} is {value}", f"it is at most {most:,}")
     for name in ("rate", "epochs", "temperature", "lora_alpha"):
         value = getattr(asked, name)
         if not 0 < value < inf:

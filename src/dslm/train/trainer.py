@@ -40,8 +40,9 @@ class GroupTrainer(Trainer):  # type: ignore[misc]
         if self.lr_scheduler is None:
             whole = super().create_scheduler(num_training_steps, optimizer)
             curve, groups = whole.lr_lambdas[0], whole.optimizer.param_groups
-            if any(group["new"] for group in groups):
-                curves = [rewarmed(curve, group["new"], num_training_steps) for group in groups]
+            shares = [group.get("new", 0.0) for group in groups]  # DeepSpeed may bring groups of its own
+            if any(shares):
+                curves = [rewarmed(curve, share, num_training_steps) for share in shares]
                 self.lr_scheduler: Any = LambdaLR(whole.optimizer, curves)
         return self.lr_scheduler
 

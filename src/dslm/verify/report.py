@@ -127,22 +127,21 @@ def compare_checkpoints(
         a: the reference, such as the source of a resize.
         b: the model to judge.
         text: what to compare on; a built-in passage if None, or random tokens where no model has a tokenizer.
-        liveness: also certify B (`certify`).
+        liveness: also certify B (`certify`), if its logits are finite.
         dtype: of the comparison's computation; the certificate always computes in float32.
         progress: called with a label, the steps done, and all steps.
 
     Raises:
-        VerificationError: the models do not share vocabulary and tokenizer.
+        VerificationError: the models do not share vocabulary and tokenizer, or A's logits are not finite.
         CheckpointError: a model cannot be loaded.
     """
     windows, described = token_windows([a, b], text)
     comparison, floor = compare_models(a, b, windows, dtype=dtype, progress=progress)
+    if not isfinite(floor.kl):
+        hint = "check its weights" if dtype == "float32" else "compare with --dtype float32"
+        raise VerificationError(f"{a.name} gives logits that are not finite in {dtype}", hint)
     stored = min((torch_dtype(model.dtype) for model in (a, b)), key=lambda kind: kind.itemsize)
     storage = None if is_rounding(comparison, floor) else storage_floor(a, stored, windows, dtype=dtype)
-    if not isfinite(floor.kl):
-        raise VerificationError(
-            f"{a.name} gives logits that are not finite", "check its weights; nothing can be compared with it"
-        )
     # Of a model whose logits are no numbers there is nothing to say.
     certified = liveness and isfinite(comparison.kl)
     certificate = certify(b, windows[0], source=a, progress=progress) if certified else None
@@ -189,7 +188,8 @@ def gate(
     if require_alive:
         if report.liveness is None:
             failures.append(
-                "liveness was not measured" + ("" if isfinite(found.kl) else ": the logits are not finite")
+                "liveness was not measured"
+                + ("" if isfinite(found.kl) else f": the logits are not finite in {report.dtype}")
             )
         else:
             passed = {"dead": report.liveness.alive, "locked": report.liveness.unlocked}

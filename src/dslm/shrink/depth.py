@@ -32,7 +32,7 @@ _ROUNDS, _RUN = 3, 3
 """Rounds at most; so many layers go in one before there is another."""
 _NEAR, _LIKELY = 0.1, (2, 4)
 """So many choices are likely at least and at most; in between, those that cost at most such a share more than the best.
-For SmolLM2-135M bridges put runs of three within 4 % of the cost in another order than rebuilding does."""
+For SmolLM2-135M bridges once put a run of three 4 % of the cost ahead of one that is better when it is rebuilt."""
 
 
 def likely_layers(

@@ -45,7 +45,8 @@ RECIPES = {
     "reconstruct": Recipe(),
     "refine": Recipe(refine=100),
     "closed_form": Recipe().closed(),
-    "no_surgeon": Recipe().closed(),
+    "by_norms": Recipe(by_loss=False).closed(),
+    "by_loss_alone": Recipe().closed(),
     "no_readers": Recipe(readers=False).closed(),
     "no_drift": Recipe(drift=False).closed(),
     "no_token_weights": Recipe(weigh_tokens=False).closed(),
@@ -162,7 +163,7 @@ def main() -> None:
                 tempfile.TemporaryDirectory() as folder,
                 mock.patch.object(select, "unit_scores", scores),
                 mock.patch.object(
-                    reconstruct, "ENOUGH", math.inf if method == "no_surgeon" else reconstruct.ENOUGH
+                    reconstruct, "ENOUGH", math.inf if method == "by_loss_alone" else reconstruct.ENOUGH
                 ),
             ):
                 chosen, begin = (target, recipe.solve), time.perf_counter()

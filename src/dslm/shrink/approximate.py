@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dslm.errors import enough_memory
 from dslm.progress import Progress
 from dslm.shrink.depth import likely_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.fold import Encoder
-from dslm.shrink.rebuild import Rebuilt, Windows, rebuild
+from dslm.shrink.rebuild import Rebuilt, Windows, importance_for, rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk, walking_device
@@ -64,12 +65,21 @@ def approximate(
                 Walk(weights, where), few(windows.fit), tied=target.tied, progress=progress
             )
             stream = survey.encoder(target.hidden_size)
+        felt = importance_for(Walk(weights, where), target, windows, folder, recipe, progress)
         layers = choose_layers(
-            weights, target, stream, windows, folder, recipe=recipe, device=where, progress=progress
+            weights,
+            target,
+            stream,
+            windows,
+            folder,
+            recipe=recipe,
+            felt=felt,
+            device=where,
+            progress=progress,
         )
         return rebuild(
-            weights, target, layers, stream, windows, folder, recipe=recipe, dtypes=dtypes, device=where,
-            progress=progress,
+            weights, target, layers, stream, windows, folder, recipe=recipe, felt=felt, dtypes=dtypes,
+            device=where, progress=progress,
         )  # fmt: skip
 
 
@@ -81,6 +91,7 @@ def choose_layers(
     folder: Path,
     *,
     recipe: Recipe,
+    felt: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[int, ...]:
@@ -105,7 +116,7 @@ def choose_layers(
         with tempfile.TemporaryDirectory(dir=folder) as room:
             built = rebuild(
                 weights, target, layers, stream, some, Path(room), recipe=recipe.closed(),
-                device=device, progress=part,
+                felt=felt, device=device, progress=part,
             )  # fmt: skip
         losses.append(built.losses["held-out"][1])
     return likely[min(range(len(likely)), key=losses.__getitem__)]

@@ -19,6 +19,7 @@ from dslm.families import Family
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key
 from dslm.shrink.head import fit_head
+from dslm.shrink.importance import importance
 from dslm.shrink.memo import Memo
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.reconstruct import Rebuilder
@@ -123,6 +124,7 @@ def rebuild(
     folder: Path,
     *,
     recipe: Recipe | None = None,
+    felt: Mapping[str, Tensor] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -139,6 +141,7 @@ def rebuild(
         windows: calibration and check tokens, all of one length.
         folder: where finished blocks go, and streams too large for memory.
         recipe: how blocks are rebuilt.
+        felt: what `importance_for` gave, where that is already in hand.
         dtypes: what each tensor is kept in, by its name in the source: each block is rounded before the next one is
             fitted. None for float32.
         device: where the models run.
@@ -154,6 +157,9 @@ def rebuild(
     files: dict[str, Path] = {}
     finished = Rebuilt(base, files, kept, {}, ())  # the student is read from where its blocks are put
     teacher, student = Walk(source, device), Walk(finished, device)
+    recipe = recipe or Recipe()
+    if felt is None:
+        felt = importance_for(teacher, target, windows, folder, recipe, progress)
     tokens = windows.all
     streams = Streams(
         teacher=_embedded(teacher, tokens, folder, "teacher"),
@@ -171,7 +177,8 @@ def rebuild(
         stream,
         before,
         target,
-        recipe or Recipe(),
+        recipe,
+        felt,
         Memo(teacher, used, folder, "heads"),
         Memo(student, used, folder, "heads-anew"),
         kept,
@@ -187,6 +194,28 @@ def rebuild(
         run.keep("head", fit_head(teacher, student, stream, streams, rebuilder.recipe))
     run.keep("end", rebuilder.finish(len(layers) - 1, streams))
     return Rebuilt(base, run.files, kept, _losses(run, windows), tuple(rebuilder.errors))
+
+
+def importance_for(
+    teacher: Walk,
+    target: Sizes,
+    windows: Windows,
+    folder: Path,
+    recipe: Recipe,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """What the loss feels of a model's units and heads; nothing where none go, or the recipe looks at norms alone.
+
+    Arguments as of `rebuild`; the teacher is that of its source.
+    """
+    sizes = Sizes.from_config(teacher.weights.family, teacher.weights.config)
+    if not (recipe.solve and recipe.by_loss) or _insides(sizes) == _insides(target):
+        return {}
+    return importance(teacher, windows.fit, folder, progress)
+
+
+def _insides(sizes: Sizes) -> tuple[int, int, int]:
+    return sizes.intermediate_size, sizes.num_attention_heads, sizes.num_key_value_heads
 
 
 def _embedded(walk: Walk, ids_BT: Tensor, folder: Path, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
 from dslm.shrink.memo import Memo
 from dslm.shrink.recipe import Recipe
-from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
+from dslm.shrink.select import choose_heads, choose_units, head_scores, keep_units, unit_scores
 from dslm.shrink.solve import Moments, place_of_share, solve, sum_over_processes
 from dslm.shrink.steps import step_towards_logits, step_towards_stream, steps_to_take
 from dslm.shrink.streams import Streams, token_weights
@@ -30,7 +30,7 @@ from dslm.shrink.writers import StreamWriter, side
 from dslm.sizes import Sizes
 
 ENOUGH = 2
-"""Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
+"""Tokens for each FFN unit below which they are too few to tell what other units make up for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +45,8 @@ class Rebuilder:
         source: the teacher's sizes.
         target: the student's sizes.
         recipe: how blocks are rebuilt.
+        importance: what the loss feels of the units and heads that a writer of the teacher reads, by its name; empty
+            where norms choose.
         teacher_memo: what the teacher's attention makes of each window, for the block at hand.
         student_memo: the same of the student's, once the matrices before it are solved.
         dtypes: the student's tensor -> what it is kept in; empty for float32.
@@ -59,6 +61,7 @@ class Rebuilder:
     source: Sizes
     target: Sizes
     recipe: Recipe
+    importance: Mapping[str, Tensor]
     teacher_memo: Memo
     student_memo: Memo
     dtypes: Mapping[str, torch.dtype]
@@ -103,45 +106,55 @@ class Rebuilder:
 
     def _look_ahead(self, origin: int, shape: Anatomy, streams: Streams) -> None:
         """Run the teacher's block; on the way choose the units and heads that stay."""
-        units_change = self.source.intermediate_size != self.target.intermediate_size
-        heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
-        heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
-        changes = {True: heads_change, False: units_change}
-        watched = [name for name in shape.writers if changes[reads_heads(self.teacher, name)]]
-        _, fit = place_of_share(streams.fit)
-        enough = fit * streams.teacher.shape[1] >= ENOUGH * self.source.intermediate_size
-        refitted = self.recipe.solve and enough
         moments: dict[str, Moments] = {}
-        for name in watched:
-            with_bias = refitted and bias_of(self.teacher, name) is not None
-            features = self.teacher.get(name).shape[1] + int(with_bias)
+        for name in self._cut_behind(shape):
+            features = self.teacher.get(name).shape[1] + int(self._bias_refitted(name, streams))
             moments[name] = Moments.zero(features, 0, self.teacher.device)
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
             with self.teacher_memo.of(windows):
-                out, seen = watch(
-                    self.teacher, origin, hidden, watched if windows.start < streams.fit else ()
-                )
+                watched = list(moments) if windows.start < streams.fit else ()
+                out, seen = watch(self.teacher, origin, hidden, watched)
             streams.ahead[windows] = out.cpu()
             for name, x_NX in seen.items():
-                if refitted and bias_of(self.teacher, name):
+                if self._bias_refitted(name, streams):
                     x_NX = with_one(x_NX).double()  # what is left without the mean may be small
-                weight_N = self._weights(out.flatten(0, 1)) if refitted else None
+                weight_N = self._weights(out.flatten(0, 1)) if self._refits(streams) else None
                 moments[name].add(x_NX, x_NX[:, :0], weight_N)
-        for name in watched:
-            gram_XX = moments.pop(name).summed().gram_XX
-            if len(gram_XX) > self.teacher.get(name).shape[1]:
-                gram_XX = less_constant(gram_XX)
-            if reads_heads(self.teacher, name):
-                self._keep_heads(gram_XX, name, origin)
-            else:
-                writer, count = self.teacher.get(name), self.target.intermediate_size
-                kept = keep_units(gram_XX, writer, count, refitted=refitted)
-                self.folds["intermediate", origin] = kept
+        for name in list(moments):
+            self._keep(name, origin, moments.pop(name).summed().gram_XX, refitted=self._refits(streams))
 
-    def _keep_heads(self, gram_XX: Tensor, name: str, origin: int) -> None:
+    def _cut_behind(self, shape: Anatomy) -> list[str]:
+        """The writers of a block that read fewer units or heads afterwards."""
+        units_change = self.source.intermediate_size != self.target.intermediate_size
+        heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
+        heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
+        changes = {True: heads_change, False: units_change}
+        return [name for name in shape.writers if changes[reads_heads(self.teacher, name)]]
+
+    def _refits(self, streams: Streams) -> bool:
+        """Whether what the other units make up for is made up for, and there are tokens enough to tell what that is."""
+        _, fit = place_of_share(streams.fit)
+        return self.recipe.solve and fit * streams.teacher.shape[1] >= ENOUGH * self.source.intermediate_size
+
+    def _bias_refitted(self, name: str, streams: Streams) -> bool:
+        return self._refits(streams) and bias_of(self.teacher, name) is not None
+
+    def _keep(self, name: str, origin: int, gram_XX: Tensor, *, refitted: bool) -> None:
+        """Choose units or heads, given the moments of what a writer of the teacher reads."""
+        writer, felt = self.teacher.get(name), self.importance.get(name)
+        if not reads_heads(self.teacher, name):
+            count = self.target.intermediate_size
+            if felt is None:
+                fold = choose_units(unit_scores(gram_XX.diagonal()[: writer.shape[1]], writer).cpu(), count)
+            else:
+                fold = keep_units(gram_XX, felt, count) if refitted else choose_units(felt, count)
+            self.folds["intermediate", origin] = fold
+            return
+        heads, width = self.source.num_attention_heads, writer.shape[1]
+        scores = head_scores(gram_XX[:width, :width], writer, heads) if felt is None else felt.sqrt()
         kept = choose_heads(
-            head_scores(gram_XX, self.teacher.get(name), self.source.num_attention_heads).cpu(),
+            scores.cpu(),
             self.source.num_key_value_heads,
             self.target.num_attention_heads,
             self.target.num_key_value_heads,

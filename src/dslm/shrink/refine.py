@@ -29,7 +29,7 @@ STEP, FAR = 0.003, 0.01
 """Largest step, relative to the root mean square of each tensor: at first, and once layers have been dropped."""
 _TOKENS = 2048
 """Tokens in one step, over all processes of a distributed run; at least one window."""
-_PIECE = 512
+PIECE = 512
 """Tokens whose gradient is computed at once, which takes many times the memory of a pass; at least one window."""
 _LOGITS = 2**24
 """Logits that exist at once, as numbers; a few copies of them are made on the way."""
@@ -151,7 +151,7 @@ def refine(
         optimiser, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps))
     )
     first, whole = place_of_share(fit)
-    at_once = max(1, _PIECE // inputs_BTD.shape[1])
+    at_once = max(1, PIECE // inputs_BTD.shape[1])
     draw, batch = torch.Generator().manual_seed(seed), batch_of(inputs_BTD.shape[1])
     for number in range(steps):
         windows = torch.randint(whole, (batch,), generator=draw) - first
@@ -163,7 +163,7 @@ def refine(
             parameter.grad = torch.zeros_like(parameter)
         for some in torch.split(windows, at_once):
             if len(some):
-                with torch.enable_grad(), _repeatable(walk.device):
+                with torch.enable_grad(), repeatable(walk.device):
                     out_BTD = walk.forward(layer, inputs_BTD[some].to(walk.device))
                     mean = loss(out_BTD[:, seen], some, seen) / batch
                     mean.backward()  # type: ignore[no-untyped-call]
@@ -184,7 +184,7 @@ def refine(
     return start, min(start, after)
 
 
-def _repeatable(device: torch.device) -> AbstractContextManager[None]:
+def repeatable(device: torch.device) -> AbstractContextManager[None]:
     """Where fast attention adds its gradients in any order, the plain one runs."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 

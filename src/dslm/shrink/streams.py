@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,14 +70,19 @@ def empty_stream(windows: int, length: int, width: int, folder: Path, name: str)
         folder: where a file may go.
         name: the file's name.
     """
-    count = windows * length * width
-    if count * 4 <= IN_MEMORY:
+    if windows * length * width * 4 <= IN_MEMORY:
         return torch.empty(windows, length, width)
+    return stream_in_file((windows, length, width), folder, name)
+
+
+def stream_in_file(shape: tuple[int, ...], folder: Path, name: str) -> Tensor:
+    """Room for streams in a file of a folder, in float32."""
+    count = math.prod(shape)
     if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later it would kill the process
         with (folder / name).open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, count * 4)
     flat = torch.from_file(str(folder / name), shared=True, size=count, dtype=torch.float32)
-    return flat.view(windows, length, width)
+    return flat.view(shape)
 
 
 def batches(start: int, stop: int, length: int) -> Iterator[slice]:

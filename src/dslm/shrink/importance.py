@@ -1,0 +1,136 @@
+"""What the loss feels of each FFN unit and head: first-order importance, by one backward pass, block by block.
+
+Silencing a unit changes the loss by about ``-z g`` at each token, ``z`` what the unit gives there and ``g`` the loss's
+gradient with respect to that; the sum of its square over tokens is the importance of Molchanov et al.
+(https://arxiv.org/abs/1906.10771, equation 8), here of activations. The streams between the blocks wait in a file, so
+backwards as forwards one block is in memory at a time.
+
+Shape letters: B windows, T tokens, D hidden size, L layers, X what a writer reads, H query heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dslm.errors import VerificationError
+from dslm.progress import Progress
+from dslm.shrink.refine import PIECE, positions_at_once, repeatable
+from dslm.shrink.solve import sum_over_processes
+from dslm.shrink.streams import stream_in_file
+from dslm.shrink.tap import reads_heads, writes_stream
+from dslm.shrink.walk import Walk
+
+_TOKENS = 8192
+"""So many tokens are enough, on each process of a distributed run; at least one window."""
+_LABEL = "ranking units"
+
+
+def importance(
+    walk: Walk, ids_BT: Tensor, folder: Path, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """How much a model's loss feels each FFN unit and each query head; all processes of a distributed run get the same.
+
+    Args:
+        walk: the model.
+        ids_BT: windows, int64; no more are used than are needed.
+        folder: where streams go for the time being.
+        progress: called with a label, steps done and steps in all.
+
+    Returns:
+        Name of a matrix that writes the stream -> float64 ``[M]`` or ``[H]``: the sum over tokens of the squared
+        first-order change of the loss if the unit, or the whole head, were silent there.
+
+    Raises:
+        VerificationError: activations or gradients are not finite.
+    """
+    ids_BT = ids_BT[: max(1, _TOKENS // ids_BT.shape[1])]
+    pieces = torch.split(torch.arange(len(ids_BT)), max(1, PIECE // ids_BT.shape[1]))
+    layers = len(walk.blocks)
+    found: dict[str, Tensor] = {}
+
+    def step(number: int) -> None:
+        if progress is not None:
+            progress(_LABEL, number, 2 * layers)
+
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        width = walk.weights.family.dimensions(walk.weights.config)["hidden"]
+        between_LBTD = stream_in_file((layers + 1, *ids_BT.shape, width), Path(room), "between")
+        walk.embed(ids_BT, between_LBTD[0])
+        for layer in range(layers):
+            with walk.block(layer):
+                for some in pieces:
+                    between_LBTD[layer + 1, some] = walk.run(
+                        layer, between_LBTD[layer, some].to(walk.device)
+                    ).cpu()
+            step(layer + 1)
+        gradient_BTD = between_LBTD[layers]  # in the room of what it is the gradient of
+        with walk.head():
+            for some in pieces:
+                gradient_BTD[some] = _through_head(walk, gradient_BTD[some], ids_BT[some])
+        for layer in reversed(range(layers)):
+            with walk.block(layer):
+                for some in pieces:
+                    states = (between_LBTD[layer, some], gradient_BTD[some])
+                    gradient_BTD[some], felt = _through_block(walk, layer, *states)
+                    for name, felt_X in felt.items():
+                        found[name] = found.get(name, 0.0) + felt_X
+            step(2 * layers - layer)
+    for name, felt_X in found.items():
+        if not torch.isfinite(sum_over_processes(felt_X)).all():
+            raise VerificationError(
+                f"the gradient of the loss at {name} is NaN or infinite",
+                "the model is broken there or behind it; check it with dslm diff",
+            )
+    return {name: felt_X.cpu() for name, felt_X in found.items()}
+
+
+def _through_head(walk: Walk, end_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+    """The gradient of the summed loss with respect to the stream behind the last block; the head is loaded."""
+    gradient_BTD = torch.zeros_like(end_BTD)
+    for number, (end_TD, ids_T) in enumerate(zip(end_BTD, ids_BT, strict=True)):
+        for positions in torch.split(torch.arange(len(ids_T) - 1), positions_at_once(walk)):
+            with torch.enable_grad():
+                end_ND = end_TD[positions].to(walk.device).requires_grad_()
+                logits_NV = walk.logits(end_ND[:, None])[:, 0]  # each as a window of its own, as in `kl_loss`
+                next_N = ids_T[positions + 1].to(walk.device)
+                loss = nn.functional.cross_entropy(logits_NV, next_N, reduction="sum")
+                (gradient_ND,) = torch.autograd.grad(loss, end_ND)
+            gradient_BTD[number, positions] = gradient_ND.cpu()
+    return gradient_BTD
+
+
+def _through_block(
+    walk: Walk, layer: int, before_BTD: Tensor, gradient_BTD: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """From the gradient behind a loaded block to that before it, and what the loss feels of what its writers read."""
+    reads: dict[str, Tensor] = {}
+    handles = []
+    for module, name in walk.linears(layer).items():
+        if writes_stream(walk, name):
+
+            def keep(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                reads[name] = args[0]
+
+            handles.append(module.register_forward_pre_hook(keep))
+    try:
+        with torch.enable_grad(), repeatable(walk.device):
+            start_BTD = before_BTD.to(walk.device).requires_grad_()
+            out_BTD = walk.forward(layer, start_BTD)
+            wanted = [start_BTD, *reads.values()]
+            gradients = torch.autograd.grad(out_BTD, wanted, gradient_BTD.to(walk.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    heads = walk.weights.family.dimensions(walk.weights.config)["heads"]
+    felt = {}
+    for (name, z_BTX), g_BTX in zip(reads.items(), gradients[1:], strict=True):
+        product_NX = (z_BTX.detach() * g_BTX).flatten(0, -2)
+        if reads_heads(walk, name):
+            product_NX = product_NX.view(len(product_NX), heads, -1).sum(dim=-1)
+        felt[name] = product_NX.double().square().sum(dim=0)
+    return gradients[0].cpu(), felt

@@ -1,0 +1,110 @@
+"""First-order importance: against automatic differentiation of the whole stock model, for every kind of block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pico
+import shrinking
+from dslm.checkpoint.reader import open_folder
+from dslm.errors import VerificationError
+from dslm.load import load_model
+from dslm.shrink import importance as module
+from dslm.shrink.importance import importance
+from dslm.shrink.rebuild import rebuild
+from dslm.shrink.recipe import Recipe
+from dslm.shrink.tap import reads_heads, writes_stream
+from dslm.shrink.walk import Walk
+from dslm.shrink.weights import Stored
+
+
+def by_autograd(source, ids_BT):
+    """The same from one backward pass through the whole model, with every activation in memory."""
+    walk, model = Walk(Stored(source)), load_model(source, dtype="float32", device="cpu").eval()
+    modules, reads = dict(model.named_modules()), {}
+    for where, part in walk.model.named_modules():
+        for layer in range(len(walk.blocks)):
+            name = walk.linears(layer).get(part)
+            if name and writes_stream(walk, name):
+                keep = lambda _, args, name=name: reads.update({name: args[0]})  # noqa: E731
+                modules[where].register_forward_pre_hook(keep)
+    logits = model(input_ids=ids_BT, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum"
+    )
+    gradients = torch.autograd.grad(loss, list(reads.values()))
+    found = {}
+    for (name, z), g in zip(reads.items(), gradients, strict=True):
+        product = (z.detach() * g).double().flatten(0, -2)
+        if reads_heads(walk, name):
+            product = product.view(len(product), source.sizes.num_attention_heads, -1).sum(dim=-1)
+        found[name] = product.square().sum(dim=0)
+    return found
+
+
+@pytest.mark.parametrize(("family", "variant"), pico.CASES, ids=pico.IDS)
+def test_it_is_what_automatic_differentiation_of_the_whole_model_gives(family, variant, tmp_path):
+    source = shrinking.make_source(tmp_path / "source", family, variant)
+    ids_BT = shrinking.windows().fit[:5]
+    found = importance(Walk(Stored(source)), ids_BT, tmp_path)
+    expected = by_autograd(source, ids_BT)
+    assert found.keys() == expected.keys()
+    for name, felt in expected.items():
+        torch.testing.assert_close(found[name], felt, rtol=2e-4, atol=1e-6 * float(felt.max()))
+
+
+@pytest.fixture
+def unheard(tmp_path):
+    """A model whose first 24 units of each block write much into a channel that nothing reads."""
+    model, generator = pico.make_model("llama", "mha"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(
+                    parameter.shape[1] ** -0.5 * torch.randn(parameter.shape, generator=generator)
+                )
+        model.model.embed_tokens.weight[:, 0] = 0.0
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight[0] = 0.0
+            for reader in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                reader.weight[:, 0] = 0.0
+            block.mlp.gate_proj.weight[:, 0] = block.mlp.up_proj.weight[:, 0] = 0.0
+            block.mlp.down_proj.weight[:, :24] = 0.0
+            block.mlp.down_proj.weight[0] = 0.0
+            block.mlp.down_proj.weight[0, :24] = 0.6
+        model.model.norm.weight[0] = 0.0
+    return open_folder(pico.save(model, tmp_path / "unheard"))
+
+
+@pytest.mark.parametrize("fit", [3, 24], ids=["few tokens", "tokens enough"])
+def test_what_the_loss_does_not_feel_goes_before_what_it_does(fit, unheard, tmp_path):
+    target = unheard.sizes.replace(intermediate_size=24)
+
+    def kept(recipe):
+        found = rebuild(
+            Stored(unheard), target, (0, 1, 2), None, shrinking.windows(fit=fit), tmp_path, recipe=recipe
+        )
+        return torch.stack([found.base.folds["intermediate", layer].keep_T for layer in range(3)])
+
+    assert (kept(Recipe().closed()) >= 24).double().mean() > 0.8
+    assert (kept(Recipe(by_loss=False).closed()) >= 24).double().mean() < 0.7
+
+
+def test_gradients_that_are_not_finite_name_the_matrix(tmp_path, monkeypatch):
+    source = shrinking.make_source(tmp_path / "source", "llama", "mha")
+    monkeypatch.setattr(
+        module, "_through_head", lambda walk, end_BTD, ids_BT: torch.full_like(end_BTD, torch.inf)
+    )
+    with pytest.raises(VerificationError, match=r"gradient of the loss at model.layers.2.*NaN or infinite"):
+        importance(Walk(Stored(source)), shrinking.windows().fit, tmp_path)
+
+
+def test_no_more_windows_are_read_than_are_needed(tmp_path, monkeypatch):
+    source = shrinking.make_source(tmp_path / "source", "llama", "mha")
+    ids_BT = shrinking.windows().fit
+    monkeypatch.setattr(module, "_TOKENS", 5 * ids_BT.shape[1] + 1)
+    found = importance(Walk(Stored(source)), ids_BT, tmp_path)
+    five = importance(Walk(Stored(source)), ids_BT[:5], tmp_path)
+    assert all(torch.equal(felt, five[name]) for name, felt in found.items())
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -26,7 +26,7 @@ from dslm.shrink import reconstruct, select
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.encoder import survey_stream
-from dslm.shrink.rebuild import Windows, rebuild
+from dslm.shrink.rebuild import Windows, importance_for, rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.streams import batches
 from dslm.shrink.survey import few
@@ -161,11 +161,14 @@ def main() -> None:
             scores = by_weights(source) if method == "magnitude" else select.unit_scores
             with (
                 tempfile.TemporaryDirectory() as folder,
-                mock.patch.object(select, "unit_scores", scores),
+                mock.patch.object(reconstruct, "unit_scores", scores),
                 mock.patch.object(
                     reconstruct, "ENOUGH", math.inf if method == "by_loss_alone" else reconstruct.ENOUGH
                 ),
             ):
+                begin = time.perf_counter()
+                felt = importance_for(Walk(Stored(source)), target, windows, Path(folder), recipe)
+                ranking = time.perf_counter() - begin
                 chosen, begin = (target, recipe.solve), time.perf_counter()
                 if asked.leave_out:
                     kept = set(range(source.sizes.num_hidden_layers)) - set(asked.leave_out)
@@ -175,14 +178,21 @@ def main() -> None:
                 elif chosen not in layers:  # the ablations share them
                     best = Recipe(solve=recipe.solve)
                     layers[chosen] = choose_layers(
-                        Stored(source), target, stream, windows, Path(folder), recipe=best
+                        Stored(source), target, stream, windows, Path(folder), recipe=best, felt=felt
                     )
                     choosing[chosen] = time.perf_counter() - begin
                 begin = time.perf_counter()
                 found = rebuild(
-                    Stored(source), target, layers[chosen], stream, windows, Path(folder), recipe=recipe
+                    Stored(source),
+                    target,
+                    layers[chosen],
+                    stream,
+                    windows,
+                    Path(folder),
+                    recipe=recipe,
+                    felt=felt,
                 )
-                seconds = time.perf_counter() - begin
+                seconds = ranking + time.perf_counter() - begin
                 passes = None
                 if not asked.untimed:
                     passes = sum(forward_seconds(weights, windows.all) for weights in (Stored(source), found))

@@ -100,11 +100,17 @@ def test_gradients_that_are_not_finite_name_the_matrix(tmp_path, monkeypatch):
         importance(Walk(Stored(source)), shrinking.windows().fit, tmp_path)
 
 
-def test_no_more_windows_are_read_than_are_needed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("least", "most", "share", "read"), [(101, 400, 10**6, 5), (1, 101, 1, 5), (1, 400, 4, 6)]
+)
+def test_no_more_windows_are_read_than_are_needed(least, most, share, read, tmp_path, monkeypatch):
     source = shrinking.make_source(tmp_path / "source", "llama", "mha")
     ids_BT = shrinking.windows().fit
-    monkeypatch.setattr(module, "_TOKENS", 5 * ids_BT.shape[1] + 1)
+    assert ids_BT.shape == (24, 20)
+    for name, value in {"_LEAST": least, "_MOST": most, "_SHARE": share}.items():
+        monkeypatch.setattr(module, name, value)
     found = importance(Walk(Stored(source)), ids_BT, tmp_path)
-    five = importance(Walk(Stored(source)), ids_BT[:5], tmp_path)
-    assert all(torch.equal(felt, five[name]) for name, felt in found.items())
+    monkeypatch.setattr(module, "_LEAST", 10**6)
+    enough = importance(Walk(Stored(source)), ids_BT[:read], tmp_path)
+    assert all(torch.equal(felt, enough[name]) for name, felt in found.items())
     assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -11,6 +11,7 @@ from dslm.checkpoint.reader import open_folder
 from dslm.errors import SizeError
 from dslm.plan import plan_growth, plan_shrink
 from dslm.resizing import resize
+from dslm.shrink import rebuild as rebuild_module
 from dslm.shrink import search as search_module
 from dslm.shrink.calibrate import Calibration
 from dslm.shrink.capture import captured
@@ -64,6 +65,14 @@ def test_shapes_that_are_built_differ_in_more_than_their_ffn(llama):
     found = search(llama, round(0.6 * total(llama)), shrinking.windows(), build=4, device="cpu")
     built = [s.sizes.replace(intermediate_size=0) for s in found if s.measured is not None]
     assert len(set(built)) == len(built) > 1
+
+
+def test_the_loss_is_asked_once_for_all_shapes(llama, monkeypatch):
+    asked, answer = [], rebuild_module.importance
+    monkeypatch.setattr(rebuild_module, "importance", lambda *given: asked.append(1) or answer(*given))
+    found = search(llama, round(0.6 * total(llama)), shrinking.windows(), build=4, device="cpu")
+    assert sum(s.measured is not None for s in found) > 1
+    assert len(asked) == 1
 
 
 def test_nothing_is_built_unless_asked(llama, monkeypatch):

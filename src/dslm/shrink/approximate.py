@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def approximate(
     folder: Path,
     *,
     recipe: Recipe,
+    felt: Mapping[str, Tensor] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -44,6 +46,7 @@ def approximate(
         windows: calibration and check tokens, all of one length.
         folder: where finished blocks go, and streams too large for memory.
         recipe: how blocks are rebuilt.
+        felt: what `importance_for` gave, where that is already in hand.
         dtypes: what each of the model's tensors is kept in, by name; None for float32.
         device: one of `dslm.load.DEVICES`.
         progress: called with a label, what is done and what there is in all.
@@ -53,19 +56,15 @@ def approximate(
         VerificationError: activations are not finite.
     """
     before, where = Sizes.from_config(weights.family, weights.config), walking_device(device)
-    count, length = windows.all.shape
-    other = ", or let dslm down --refine 0 take no steps" if recipe.takes_steps else ""
-    with enough_memory(
-        f"to shrink block by block on {count} windows of {length} tokens",
-        f"lower --samples or --sequence-length{other}",
-    ):
+    with enough_for(windows, recipe):
         stream = None
         if before.hidden_size != target.hidden_size:
             survey = survey_stream(
                 Walk(weights, where), few(windows.fit), tied=target.tied, progress=progress
             )
             stream = survey.encoder(target.hidden_size)
-        felt = importance_for(Walk(weights, where), target, windows, folder, recipe, progress)
+        if felt is None:
+            felt = importance_for(Walk(weights, where), target, windows, folder, recipe, progress)
         layers = choose_layers(
             weights,
             target,
@@ -81,6 +80,16 @@ def approximate(
             weights, target, layers, stream, windows, folder, recipe=recipe, felt=felt, dtypes=dtypes,
             device=where, progress=progress,
         )  # fmt: skip
+
+
+def enough_for(windows: Windows, recipe: Recipe) -> AbstractContextManager[None]:
+    """Says what to lower where shrinking on some windows takes more memory than there is."""
+    count, length = windows.all.shape
+    other = ", or let dslm down --refine 0 take no steps" if recipe.takes_steps else ""
+    return enough_memory(
+        f"to shrink block by block on {count} windows of {length} tokens",
+        f"lower --samples or --sequence-length{other}",
+    )
 
 
 def choose_layers(

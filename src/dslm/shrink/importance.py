@@ -25,8 +25,9 @@ from dslm.shrink.streams import stream_in_file
 from dslm.shrink.tap import reads_heads, writes_stream
 from dslm.shrink.walk import Walk
 
-_TOKENS = 8192
-"""So many tokens are enough, on each process of a distributed run; at least one window."""
+_LEAST, _MOST, _SHARE = 4096, 8192, 6
+"""Tokens that are read, on each process of a distributed run: one in so many, but not fewer and not more; at least one
+window. A backward pass takes a few times as long as a pass forwards, and twice the tokens choose hardly better."""
 _LABEL = "ranking units"
 
 
@@ -48,7 +49,8 @@ def importance(
     Raises:
         VerificationError: activations or gradients are not finite.
     """
-    ids_BT = ids_BT[: max(1, _TOKENS // ids_BT.shape[1])]
+    tokens = max(_LEAST, min(_MOST, ids_BT.numel() // _SHARE))
+    ids_BT = ids_BT[: max(1, tokens // ids_BT.shape[1])]
     pieces = torch.split(torch.arange(len(ids_BT)), max(1, PIECE // ids_BT.shape[1]))
     layers = len(walk.blocks)
     found: dict[str, Tensor] = {}

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from dslm.checkpoint.reader import Checkpoint
 from dslm.progress import Progress
-from dslm.shrink.approximate import approximate
+from dslm.shrink.approximate import approximate, enough_for
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.capture import Capture, captured, damage, shares_cut
-from dslm.shrink.rebuild import Windows
+from dslm.shrink.rebuild import Windows, importance_for
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.survey import removal_losses
@@ -113,7 +115,8 @@ def search(
     for shape in shapes:
         best.setdefault(shape.sizes.replace(intermediate_size=0), shape)
     chosen = list(best.values())[:build]
-    built = [_built(weights, shape, windows, recipe, device, folder, progress) for shape in chosen]
+    builder = _Builder(weights, windows, recipe, device, folder, progress)
+    built = [builder.built(shape) for shape in chosen]
     built.sort(key=lambda s: math.inf if s.measured is None or math.isnan(s.measured) else s.measured)
     return built + [shape for shape in shapes if shape not in chosen]
 
@@ -140,26 +143,44 @@ def predict(known: Capture, sizes: Sizes, *, solve: bool = True) -> float:
     return known.base + sum((LEFT[axis] if solve else 1.0) * nats for axis, nats in damages.items())
 
 
-def _built(
-    weights: Stored,
-    shape: Scored,
-    windows: Windows,
-    recipe: Recipe,
-    device: str,
-    folder: Path | None,
-    progress: Progress | None,
-) -> Scored:
-    """Build a shape as ``down`` does, on few windows, and measure its loss."""
-    reduced, target = exact_stage(weights, shape.sizes, progress=progress).weights, shape.sizes
-    before = Sizes.from_config(reduced.family, reduced.config)
-    if before == target:
-        walk = Walk(reduced, walking_device(device))
-        loss = removal_losses(walk, windows.held_out[:HELD_OUT], [frozenset()])[0]
-        return replace(shape, measured=loss, layers=tuple(range(before.num_hidden_layers)))
-    check_groups(before, target, reduced.family, reduced.config)
-    windows = Windows(windows.fit[:FIT], windows.held_out[:HELD_OUT], {})
-    with tempfile.TemporaryDirectory(prefix=".dslm.", dir=folder) as room:
-        found = approximate(
-            reduced, target, windows, Path(room), recipe=recipe, device=device, progress=progress
-        )
-    return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)
+@dataclass(slots=True)
+class _Builder:
+    """Builds shapes as ``down`` does, on few windows, and measures their loss.
+
+    Attributes:
+        felt: what the loss feels of the model that all are built from, once a shape has needed that; arguments of
+            `search` else.
+    """
+
+    weights: Stored
+    windows: Windows
+    recipe: Recipe
+    device: str
+    folder: Path | None
+    progress: Progress | None
+    felt: Mapping[str, Tensor] | None = None
+
+    def built(self, shape: Scored) -> Scored:
+        """A shape with its loss."""
+        reduced = exact_stage(self.weights, shape.sizes, progress=self.progress).weights
+        before, target = Sizes.from_config(reduced.family, reduced.config), shape.sizes
+        if before == target:
+            walk = Walk(reduced, walking_device(self.device))
+            loss = removal_losses(walk, self.windows.held_out[:HELD_OUT], [frozenset()])[0]
+            return replace(shape, measured=loss, layers=tuple(range(before.num_hidden_layers)))
+        check_groups(before, target, reduced.family, reduced.config)
+        windows = Windows(self.windows.fit[:FIT], self.windows.held_out[:HELD_OUT], {})
+        with tempfile.TemporaryDirectory(prefix=".dslm.", dir=self.folder) as room:
+            felt = self._felt(target, windows, Path(room)) if reduced is self.weights else None
+            found = approximate(
+                reduced, target, windows, Path(room), recipe=self.recipe, felt=felt, device=self.device,
+                progress=self.progress,
+            )  # fmt: skip
+        return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)
+
+    def _felt(self, target: Sizes, windows: Windows, room: Path) -> Mapping[str, Tensor]:
+        if not self.felt:
+            with enough_for(windows, self.recipe):
+                walk = Walk(self.weights, walking_device(self.device))
+                self.felt = importance_for(walk, target, windows, room, self.recipe, self.progress)
+        return self.felt

@@ -11,7 +11,7 @@ from dslm.checkpoint.reader import open_folder
 from dslm.errors import VerificationError
 from dslm.load import load_model
 from dslm.shrink import importance as module
-from dslm.shrink.importance import importance
+from dslm.shrink.importance import Importance, importance
 from dslm.shrink.rebuild import rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.tap import reads_heads, writes_stream
@@ -22,25 +22,37 @@ from dslm.shrink.weights import Stored
 def by_autograd(source, ids_BT):
     """The same from one backward pass through the whole model, with every activation in memory."""
     walk, model = Walk(Stored(source)), load_model(source, dtype="float32", device="cpu").eval()
-    modules, reads = dict(model.named_modules()), {}
+    modules, reads, stream = dict(model.named_modules()), {}, []
     for where, part in walk.model.named_modules():
-        for layer in range(len(walk.blocks)):
+        for layer, block in enumerate(walk.blocks):
+            if part is block:
+                modules[where].register_forward_pre_hook(lambda _, args: stream.append(args[0]))
+            if block is walk.blocks[-1] is part:
+                modules[where].register_forward_hook(
+                    lambda _, args, out: stream.append(out[0] if isinstance(out, tuple) else out)
+                )
             name = walk.linears(layer).get(part)
             if name and writes_stream(walk, name):
                 keep = lambda _, args, name=name: reads.update({name: args[0]})  # noqa: E731
                 modules[where].register_forward_pre_hook(keep)
+    model.get_input_embeddings().weight.requires_grad_()
     logits = model(input_ids=ids_BT, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum"
     )
-    gradients = torch.autograd.grad(loss, list(reads.values()))
-    found = {}
-    for (name, z), g in zip(reads.items(), gradients, strict=True):
+    gradients = torch.autograd.grad(loss, [*reads.values(), *stream])
+    writers = {}
+    for (name, z), g in zip(reads.items(), gradients, strict=False):
         product = (z.detach() * g).double().flatten(0, -2)
         if reads_heads(walk, name):
             product = product.view(len(product), source.sizes.num_attention_heads, -1).sum(dim=-1)
-        found[name] = product.square().sum(dim=0)
-    return found
+        writers[name] = product.square().sum(dim=0)
+    stream_DD = 0.0
+    for x, g in zip(stream, gradients[len(reads) :], strict=True):
+        size = x.detach().double().square().mean(dim=-1, keepdim=True).sqrt()
+        rows = (g.double() * size).flatten(0, 1)
+        stream_DD = stream_DD + rows.T @ rows
+    return Importance(writers, stream_DD)
 
 
 @pytest.mark.parametrize(("family", "variant"), pico.CASES, ids=pico.IDS)
@@ -49,9 +61,11 @@ def test_it_is_what_automatic_differentiation_of_the_whole_model_gives(family, v
     ids_BT = shrinking.windows().fit[:5]
     found = importance(Walk(Stored(source)), ids_BT, tmp_path)
     expected = by_autograd(source, ids_BT)
-    assert found.keys() == expected.keys()
-    for name, felt in expected.items():
-        torch.testing.assert_close(found[name], felt, rtol=2e-4, atol=1e-6 * float(felt.max()))
+    assert found.writers.keys() == expected.writers.keys()
+    for name, felt in expected.writers.items():
+        torch.testing.assert_close(found.writers[name], felt, rtol=2e-4, atol=1e-6 * float(felt.max()))
+    largest = float(expected.stream_DD.diagonal().max())
+    torch.testing.assert_close(found.stream_DD, expected.stream_DD, rtol=2e-4, atol=1e-5 * largest)
 
 
 @pytest.fixture
@@ -112,5 +126,6 @@ def test_no_more_windows_are_read_than_are_needed(least, most, share, read, tmp_
     found = importance(Walk(Stored(source)), ids_BT, tmp_path)
     monkeypatch.setattr(module, "_LEAST", 10**6)
     enough = importance(Walk(Stored(source)), ids_BT[:read], tmp_path)
-    assert all(torch.equal(felt, enough[name]) for name, felt in found.items())
+    assert all(torch.equal(felt, enough.writers[name]) for name, felt in found.writers.items())
+    assert torch.equal(found.stream_DD, enough.stream_DD)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dslm.errors import enough_memory
 from dslm.progress import Progress
 from dslm.shrink.depth import likely_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.fold import Encoder
+from dslm.shrink.importance import Importance
 from dslm.shrink.rebuild import Rebuilt, Windows, importance_for, rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.survey import few
@@ -33,7 +33,7 @@ def approximate(
     folder: Path,
     *,
     recipe: Recipe,
-    felt: Mapping[str, Tensor] | None = None,
+    felt: Importance | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -57,14 +57,14 @@ def approximate(
     """
     before, where = Sizes.from_config(weights.family, weights.config), walking_device(device)
     with enough_for(windows, recipe):
+        if felt is None:
+            felt = importance_for(Walk(weights, where), target, windows, folder, recipe, progress)
         stream = None
         if before.hidden_size != target.hidden_size:
             survey = survey_stream(
                 Walk(weights, where), few(windows.fit), tied=target.tied, progress=progress
             )
-            stream = survey.encoder(target.hidden_size)
-        if felt is None:
-            felt = importance_for(Walk(weights, where), target, windows, folder, recipe, progress)
+            stream = survey.encoder(target.hidden_size, felt.stream_DD)
         layers = choose_layers(
             weights,
             target,
@@ -100,7 +100,7 @@ def choose_layers(
     folder: Path,
     *,
     recipe: Recipe,
-    felt: Mapping[str, Tensor] | None = None,
+    felt: Importance | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[int, ...]:

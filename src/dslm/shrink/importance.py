@@ -1,9 +1,10 @@
-"""What the loss feels of each FFN unit and head: first-order importance, by one backward pass, block by block.
+"""What the loss feels of units, heads and the stream: first-order importance, by one backward pass, block by block.
 
 Silencing a unit changes the loss by about ``-z g`` at each token, ``z`` what the unit gives there and ``g`` the loss's
 gradient with respect to that; the sum of its square over tokens is the importance of Molchanov et al.
 (https://arxiv.org/abs/1906.10771, equation 8), here of activations. The streams between the blocks wait in a file, so
-backwards as forwards one block is in memory at a time.
+backwards as forwards one block is in memory at a time. For the stream the directions of the gradient are told, by their
+second moment.
 
 Shape letters: B windows, T tokens, D hidden size, L layers, X what a writer reads, H query heads, V vocabulary.
 """
@@ -11,6 +12,8 @@ Shape letters: B windows, T tokens, D hidden size, L layers, X what a writer rea
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,24 @@ window. A backward pass takes a few times as long as a pass forwards, and twice 
 _LABEL = "ranking units"
 
 
-def importance(
-    walk: Walk, ids_BT: Tensor, folder: Path, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """How much a model's loss feels each FFN unit and each query head; all processes of a distributed run get the same.
+@dataclass(frozen=True, slots=True, eq=False)
+class Importance:
+    """What a model's loss feels. All in float64, sums over tokens.
+
+    Attributes:
+        writers: name of a matrix that writes the stream -> ``[M]`` or ``[H]``: the squared first-order change of the
+            loss if an FFN unit, or a whole query head, were silent; empty if that was not asked.
+        stream_DD: second moment of the loss's gradient with respect to the stream scaled to a mean square of one,
+            summed over the places between blocks; None if that was not asked.
+    """
+
+    writers: Mapping[str, Tensor] = field(default_factory=dict)
+    stream_DD: Tensor | None = None
+
+
+@torch.no_grad()
+def importance(walk: Walk, ids_BT: Tensor, folder: Path, progress: Progress | None = None) -> Importance:
+    """How much a model's loss feels what is in it; all processes of a distributed run get the same.
 
     Args:
         walk: the model.
@@ -42,25 +59,21 @@ def importance(
         folder: where streams go for the time being.
         progress: called with a label, steps done and steps in all.
 
-    Returns:
-        Name of a matrix that writes the stream -> float64 ``[M]`` or ``[H]``: the sum over tokens of the squared
-        first-order change of the loss if the unit, or the whole head, were silent there.
-
     Raises:
         VerificationError: activations or gradients are not finite.
     """
     tokens = max(_LEAST, min(_MOST, ids_BT.numel() // _SHARE))
     ids_BT = ids_BT[: max(1, tokens // ids_BT.shape[1])]
     pieces = torch.split(torch.arange(len(ids_BT)), max(1, PIECE // ids_BT.shape[1]))
-    layers = len(walk.blocks)
-    found: dict[str, Tensor] = {}
+    layers, width = len(walk.blocks), walk.weights.family.dimensions(walk.weights.config)["hidden"]
+    writers: dict[str, Tensor] = {}
+    stream_DD = torch.zeros(width, width, dtype=torch.float64)
 
     def step(number: int) -> None:
         if progress is not None:
             progress(_LABEL, number, 2 * layers)
 
     with tempfile.TemporaryDirectory(dir=folder) as room:
-        width = walk.weights.family.dimensions(walk.weights.config)["hidden"]
         between_LBTD = stream_in_file((layers + 1, *ids_BT.shape, width), Path(room), "between")
         walk.embed(ids_BT, between_LBTD[0])
         for layer in range(layers):
@@ -73,22 +86,32 @@ def importance(
         gradient_BTD = between_LBTD[layers]  # in the room of what it is the gradient of
         with walk.head():
             for some in pieces:
-                gradient_BTD[some] = _through_head(walk, gradient_BTD[some], ids_BT[some])
+                end_BTD = gradient_BTD[some]
+                gradient_BTD[some] = _through_head(walk, end_BTD, ids_BT[some])
+                stream_DD += _outer(end_BTD, gradient_BTD[some])
         for layer in reversed(range(layers)):
             with walk.block(layer):
                 for some in pieces:
-                    states = (between_LBTD[layer, some], gradient_BTD[some])
-                    gradient_BTD[some], felt = _through_block(walk, layer, *states)
+                    before_BTD = between_LBTD[layer, some]
+                    gradient_BTD[some], felt = _through_block(walk, layer, before_BTD, gradient_BTD[some])
+                    stream_DD += _outer(before_BTD, gradient_BTD[some])
                     for name, felt_X in felt.items():
-                        found[name] = found.get(name, 0.0) + felt_X
+                        writers[name] = writers.get(name, 0.0) + felt_X
             step(2 * layers - layer)
-    for name, felt_X in found.items():
-        if not torch.isfinite(sum_over_processes(felt_X)).all():
+    for what, sums in {**writers, "the stream": stream_DD}.items():
+        if not torch.isfinite(sum_over_processes(sums)).all():
             raise VerificationError(
-                f"the gradient of the loss at {name} is NaN or infinite",
+                f"the gradient of the loss at {what} is NaN or infinite",
                 "the model is broken there or behind it; check it with dslm diff",
             )
-    return {name: felt_X.cpu() for name, felt_X in found.items()}
+    return Importance({name: felt_X.cpu() for name, felt_X in writers.items()}, stream_DD)
+
+
+def _outer(stream_BTD: Tensor, gradient_BTD: Tensor) -> Tensor:
+    """``sum g g^T`` of the gradient with respect to a stream whose tokens are scaled to a mean square of one."""
+    scale_BT1 = stream_BTD.square().mean(dim=-1, keepdim=True).sqrt()
+    g_ND = (gradient_BTD * scale_BT1).flatten(0, 1)
+    return (g_ND.T @ g_ND).double()
 
 
 def _through_head(walk: Walk, end_BTD: Tensor, ids_BT: Tensor) -> Tensor:
@@ -121,7 +144,7 @@ def _through_block(
             handles.append(module.register_forward_pre_hook(keep))
     try:
         with torch.enable_grad(), repeatable(walk.device):
-            start_BTD = before_BTD.to(walk.device).requires_grad_()
+            start_BTD = before_BTD.detach().to(walk.device).requires_grad_()
             out_BTD = walk.forward(layer, start_BTD)
             wanted = [start_BTD, *reads.values()]
             gradients = torch.autograd.grad(out_BTD, wanted, gradient_BTD.to(walk.device))

@@ -19,7 +19,7 @@ from dslm.families import Family
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key
 from dslm.shrink.head import fit_head
-from dslm.shrink.importance import importance
+from dslm.shrink.importance import Importance, importance
 from dslm.shrink.memo import Memo
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.reconstruct import Rebuilder
@@ -124,7 +124,7 @@ def rebuild(
     folder: Path,
     *,
     recipe: Recipe | None = None,
-    felt: Mapping[str, Tensor] | None = None,
+    felt: Importance | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -203,19 +203,19 @@ def importance_for(
     folder: Path,
     recipe: Recipe,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """What the loss feels of a model's units and heads; nothing where none go, or the recipe looks at norms alone.
+) -> Importance:
+    """What the loss feels of a model, where the recipe asks and something narrower is to be chosen.
 
     Arguments as of `rebuild`; the teacher is that of its source.
     """
     sizes = Sizes.from_config(teacher.weights.family, teacher.weights.config)
-    if not (recipe.solve and recipe.by_loss) or _insides(sizes) == _insides(target):
-        return {}
+    if not (recipe.solve and recipe.by_loss) or _widths(sizes) == _widths(target):
+        return Importance()
     return importance(teacher, windows.fit, folder, progress)
 
 
-def _insides(sizes: Sizes) -> tuple[int, int, int]:
-    return sizes.intermediate_size, sizes.num_attention_heads, sizes.num_key_value_heads
+def _widths(sizes: Sizes) -> tuple[int, ...]:
+    return sizes.hidden_size, sizes.intermediate_size, sizes.num_attention_heads, sizes.num_key_value_heads
 
 
 def _embedded(walk: Walk, ids_BT: Tensor, folder: Path, name: str) -> Tensor:

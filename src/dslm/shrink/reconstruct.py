@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
+from dslm.shrink.importance import Importance
 from dslm.shrink.memo import Memo
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.select import choose_heads, choose_units, head_scores, keep_units, unit_scores
@@ -45,8 +46,7 @@ class Rebuilder:
         source: the teacher's sizes.
         target: the student's sizes.
         recipe: how blocks are rebuilt.
-        importance: what the loss feels of the units and heads that a writer of the teacher reads, by its name; empty
-            where norms choose.
+        felt: what the loss feels of the teacher's units and heads; norms choose where that was not asked.
         teacher_memo: what the teacher's attention makes of each window, for the block at hand.
         student_memo: the same of the student's, once the matrices before it are solved.
         dtypes: the student's tensor -> what it is kept in; empty for float32.
@@ -61,7 +61,7 @@ class Rebuilder:
     source: Sizes
     target: Sizes
     recipe: Recipe
-    importance: Mapping[str, Tensor]
+    felt: Importance
     teacher_memo: Memo
     student_memo: Memo
     dtypes: Mapping[str, torch.dtype]
@@ -142,7 +142,7 @@ class Rebuilder:
 
     def _keep(self, name: str, origin: int, gram_XX: Tensor, *, refitted: bool) -> None:
         """Choose units or heads, given the moments of what a writer of the teacher reads."""
-        writer, felt = self.teacher.get(name), self.importance.get(name)
+        writer, felt = self.teacher.get(name), self.felt.writers.get(name)
         if not reads_heads(self.teacher, name):
             count = self.target.intermediate_size
             if felt is None:

@@ -22,7 +22,7 @@ import torch
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
-from dslm.shrink import reconstruct, select
+from dslm.shrink import reconstruct, select, survivors
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.encoder import survey_stream
@@ -116,6 +116,14 @@ def calibration_windows(asked, source, tokenizer, rest: str) -> tuple[torch.Tens
     return turns[held:].flatten(0, 1), turns[:held].flatten(0, 1)
 
 
+def without(gone: list[int], sizes: Sizes, target: Sizes) -> tuple[int, ...]:
+    """The layers that stay if some are left out."""
+    kept = tuple(layer for layer in range(sizes.num_hidden_layers) if layer not in gone)
+    if len(kept) != target.num_hidden_layers:
+        raise SystemExit(f"{target.num_hidden_layers} layers stay, not {len(kept)}")
+    return kept
+
+
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,10 +139,13 @@ def main() -> None:
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--hidden", type=int, help="hidden_size, instead of that of dslm plan's first shape")
     parser.add_argument("--layers", type=int, help="num_hidden_layers, likewise")
+    parser.add_argument("--heads", type=int, help="query heads; nothing else is cut then")
     parser.add_argument("--leave-out", type=int, nargs="+", help="these layers, instead of choosing")
     parser.add_argument("--untimed", action="store_true", help="do not measure the passes of both models")
     parser.add_argument("--name", default="shrink_smollm2", help="of the result")
     asked = parser.parse_args()
+    if asked.heads and len(asked.keep) > 1:
+        parser.error("--heads takes one --keep, which it does not look at")
     source = open_checkpoint(asked.model)
     tokenizer = load_tokenizer(source)
     whole = articles(asked.text)
@@ -146,11 +157,15 @@ def main() -> None:
     }
     windows = Windows(fit, held_out, checks)
     layers: dict[tuple[Sizes, bool], tuple[int, ...]] = {}
+    felt: dict[tuple[Sizes, bool], dict[str, torch.Tensor]] = {}
+    asking: dict[tuple[Sizes, bool], float] = {}
     choosing: dict[tuple[Sizes, bool], float] = {}
     rows = []
     for share in asked.keep:
         for method in asked.methods:
             target = target_of(source, share, method, asked.hidden, asked.layers)
+            if asked.heads:
+                target = source.sizes.replace(num_attention_heads=asked.heads)
             recipe, stream = RECIPES[method], None
             if target.hidden_size != source.sizes.hidden_size:
                 rotate = method not in ("no_rotation", "magnitude")
@@ -158,47 +173,43 @@ def main() -> None:
                     Walk(Stored(source)), few(windows.fit), tied=target.tied, rotate=rotate
                 )
                 stream = survey.encoder(target.hidden_size)
-            scores = by_weights(source) if method == "magnitude" else select.unit_scores
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                mock.patch.object(reconstruct, "unit_scores", scores),
-                mock.patch.object(
-                    reconstruct, "ENOUGH", math.inf if method == "by_loss_alone" else reconstruct.ENOUGH
-                ),
-            ):
-                begin = time.perf_counter()
-                felt = importance_for(Walk(Stored(source)), target, windows, Path(folder), recipe)
-                ranking = time.perf_counter() - begin
-                chosen, begin = (target, recipe.solve), time.perf_counter()
-                if asked.leave_out:
-                    kept = set(range(source.sizes.num_hidden_layers)) - set(asked.leave_out)
-                    layers[chosen] = tuple(sorted(kept))
-                    if len(kept) != target.num_hidden_layers:
-                        raise SystemExit(f"{target.num_hidden_layers} layers stay, not {len(kept)}")
-                elif chosen not in layers:  # the ablations share them
-                    best = Recipe(solve=recipe.solve)
-                    layers[chosen] = choose_layers(
-                        Stored(source), target, stream, windows, Path(folder), recipe=best, felt=felt
-                    )
-                    choosing[chosen] = time.perf_counter() - begin
-                begin = time.perf_counter()
-                found = rebuild(
-                    Stored(source),
-                    target,
-                    layers[chosen],
-                    stream,
-                    windows,
-                    Path(folder),
-                    recipe=recipe,
-                    felt=felt,
-                )
-                seconds = ranking + time.perf_counter() - begin
+            chosen = target, recipe.solve  # the ablations share layers, and what the loss feels
+            with tempfile.TemporaryDirectory() as folder:
+                if chosen not in layers:
+                    best, begin = Recipe(solve=recipe.solve), time.perf_counter()
+                    felt[chosen] = importance_for(Walk(Stored(source)), target, windows, Path(folder), best)
+                    asking[chosen] = time.perf_counter() - begin
+                    if asked.leave_out:
+                        layers[chosen] = without(asked.leave_out, source.sizes, target)
+                    else:
+                        layers[chosen] = choose_layers(
+                            Stored(source),
+                            target,
+                            stream,
+                            windows,
+                            Path(folder),
+                            recipe=best,
+                            felt=felt[chosen],
+                        )
+                        choosing[chosen] = time.perf_counter() - begin - asking[chosen]
+                scores = by_weights(source) if method == "magnitude" else select.unit_scores
+                enough = math.inf if method == "by_loss_alone" else reconstruct.ENOUGH
+                with (
+                    mock.patch.object(survivors, "unit_scores", scores),
+                    mock.patch.object(reconstruct, "ENOUGH", enough),
+                ):
+                    begin = time.perf_counter()
+                    found = rebuild(
+                        Stored(source), target, layers[chosen], stream, windows, Path(folder), recipe=recipe,
+                        felt=felt[chosen] if recipe.by_loss else {},
+                    )  # fmt: skip
+                    seconds = time.perf_counter() - begin + asking[chosen] * recipe.by_loss
                 passes = None
                 if not asked.untimed:
                     passes = sum(forward_seconds(weights, windows.all) for weights in (Stored(source), found))
             rows.append(
                 {
-                    "keep": share,
+                    "keep": None if asked.heads else share,
                     "method": method,
                     "parameters": count_parameters(
                         source.family, target.into_config(source.family, source.config)
@@ -206,6 +217,7 @@ def main() -> None:
                     "layers_kept": layers[chosen],
                     "intermediate_size": target.intermediate_size,
                     "hidden_size": target.hidden_size,
+                    "num_attention_heads": target.num_attention_heads,
                     "perplexity": {
                         text: [math.exp(loss) for loss in pair] for text, pair in found.losses.items()
                     },

@@ -23,7 +23,7 @@ from dslm.families import family_names
 from dslm.plan import plan_shrink
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.encoder import survey_stream
-from dslm.shrink.rebuild import Windows, rebuild
+from dslm.shrink.rebuild import Windows, importance_for, rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.survey import few
 from dslm.shrink.walk import Walk
@@ -90,7 +90,7 @@ def shrink(source, windows: Windows, cut: dict[str, int]) -> dict[str, object] |
         plan_shrink("model", source.family, source.config, target)
     except SizeError:
         return None
-    weights, stream, chosen = Stored(source), None, {}
+    weights, stream, chosen, felt = Stored(source), None, {}, {}
     if "hidden_size" in cut:
         survey = survey_stream(Walk(weights), few(windows.fit), tied=target.tied)
         stream = survey.encoder(target.hidden_size)
@@ -100,8 +100,14 @@ def shrink(source, windows: Windows, cut: dict[str, int]) -> dict[str, object] |
             place = Path(folder)
             if recipe.solve not in chosen:
                 best = Recipe(solve=recipe.solve)
-                chosen[recipe.solve] = choose_layers(weights, target, stream, windows, place, recipe=best)
-            found = rebuild(weights, target, chosen[recipe.solve], stream, windows, place, recipe=recipe)
+                felt[recipe.solve] = importance_for(Walk(weights), target, windows, place, best)
+                chosen[recipe.solve] = choose_layers(
+                    weights, target, stream, windows, place, recipe=best, felt=felt[recipe.solve]
+                )
+            found = rebuild(
+                weights, target, chosen[recipe.solve], stream, windows, place, recipe=recipe,
+                felt=felt[recipe.solve],
+            )  # fmt: skip
         row["source"], row[name] = found.losses["other"]
     return row | {"layers_cut": chosen[False], "layers": chosen[True]}
 

@@ -15,6 +15,7 @@ from dslm.shrink import rebuild as rebuild_module
 from dslm.shrink import search as search_module
 from dslm.shrink.calibrate import Calibration
 from dslm.shrink.capture import captured
+from dslm.shrink.recipe import Recipe
 from dslm.shrink.search import ranked, search
 from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes, count_parameters
@@ -73,6 +74,14 @@ def test_the_loss_is_asked_once_for_all_shapes(llama, monkeypatch):
     found = search(llama, round(0.6 * total(llama)), shrinking.windows(), build=4, device="cpu")
     assert sum(s.measured is not None for s in found) > 1
     assert len(asked) == 1
+
+
+def test_a_shape_that_only_loses_layers_does_not_answer_for_others(llama):
+    sizes = llama.checkpoint.sizes
+    builder = search_module._Builder(llama, shrinking.windows(), Recipe().closed(), "cpu", None, None)
+    for change in ({"num_hidden_layers": 2}, {"intermediate_size": 30}):
+        builder.built(search_module.Scored(sizes.replace(**change), 0, 0.0))
+        assert bool(builder.felt) == ("intermediate_size" in change)
 
 
 def test_nothing_is_built_unless_asked(llama, monkeypatch):

@@ -116,3 +116,10 @@ def test_what_units_give_is_worth_what_the_loss_feels_of_it():
     left = keep_units(gram_MM.clone(), felt_M, 7).keep_T
     sizes_M = torch.linspace(0.01, 100, 20, dtype=torch.float64)
     assert torch.equal(keep_units(gram_MM * sizes_M * sizes_M[:, None], felt_M, 7).keep_T, left)
+
+
+def test_units_that_are_silent_on_these_tokens_go_first_whatever_the_loss_felt_of_them_on_others():
+    gram_MM, felt_M = draw(12)
+    gram_MM[[2, 8]], gram_MM[:, [2, 8]] = 0.0, 0.0
+    felt_M[[2, 8]] = 1e-3
+    assert not {2, 8} & set(keep_units(gram_MM, felt_M + 0.1, 8).keep_T.tolist())

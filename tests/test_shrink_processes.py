@@ -34,6 +34,7 @@ CASES = {
     ("phi", "mha"): {"hidden_size": 24, "intermediate_size": 30},
     ("olmo2", "biases"): {"intermediate_size": 30, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
+ALL_OR_NONE = "olmo2", "biases"
 SHARES = {"fit": (9, 15), "held_out": (4, 2)}
 WORKER = """
 import sys
@@ -43,11 +44,15 @@ import torch
 
 torch.set_num_threads(1)
 import test_shrink_processes as test
+from dslm.shrink import streams
+
+streams.BATCH_TOKENS = 100  # the processes have two batches and three
 
 place, rank = Path(sys.argv[1]), int(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
 for family, variant in test.CASES:
     test.save(test.shrunk(place, family, variant, test.share(rank)), place / f"{family}-{rank}.safetensors")
+test.save(test.shrunk(place, *test.ALL_OR_NONE, test.all_or_none(rank)), place / f"all-{rank}.safetensors")
 test.save(test.one_layer_less(place, test.share_of_many(rank), 300), place / f"less-{rank}.safetensors")
 torch.save(test.ranking(place, test.share(rank).fit), place / f"ranking-{rank}.pt")
 torch.distributed.destroy_process_group()
@@ -59,6 +64,14 @@ def share(rank: int) -> Windows:
     whole = shrinking.windows()
     fit, held_out = whole.fit.split(SHARES["fit"])[rank], whole.held_out.split(SHARES["held_out"])[rank]
     return Windows(fit, held_out, whole.checks)
+
+
+def all_or_none(rank: int) -> Windows:
+    """The same windows, of which the second process has none to fit on."""
+    whole = shrinking.windows()
+    return Windows(
+        whole.fit if rank == 0 else whole.fit[:0], whole.held_out.split((2, 4))[rank], whole.checks
+    )
 
 
 def share_of_many(rank: int) -> Windows:
@@ -156,6 +169,13 @@ def test_two_processes_find_what_one_finds(family, variant, place):
     for rank in range(2):
         part = tensors(shrunk(place, family, variant, share(rank)))
         assert distance(alone, part) > 1e-2, "a share of the windows is not enough to find it"
+
+
+def test_one_process_may_have_no_windows_to_fit_on(place):
+    together = [load_file(place / f"all-{rank}.safetensors") for rank in range(2)]
+    assert distance(*together) < 1e-6
+    alone = tensors(shrunk(place, *ALL_OR_NONE, shrinking.windows()))
+    assert distance(alone, together[0]) < 1e-4
 
 
 def test_two_processes_take_the_same_steps(place):

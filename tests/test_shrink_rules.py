@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.families import Family, load_family
-from dslm.shrink import encoder, rebuild, reconstruct, rotate, weights, writers
+from dslm.shrink import encoder, rebuild, reconstruct, rotate, survivors, weights, writers
 from dslm.shrink import select as select_module
 from dslm.shrink.fold import select
 from dslm.shrink.select import choose_units, top
@@ -94,8 +94,8 @@ def without_amplitude(choose_channels):
     return lambda scores, power, count: select(choose_channels(scores, power, count).keep_T, len(scores))
 
 
-ANY_HEADS = instead(reconstruct, "choose_heads", any_heads)
-INTERLEAVED = instead(reconstruct, "choose_heads", interleaved_groups)
+ANY_HEADS = instead(survivors, "choose_heads", any_heads)
+INTERLEAVED = instead(survivors, "choose_heads", interleaved_groups)
 FIRST_LAYERS = instead(weights, "resized_config", first_of_each_list)
 UNSCALED_CHANNELS = instead(encoder, "choose_channels", without_amplitude)
 UNSCALED_DIRECTIONS = instead(
@@ -268,9 +268,7 @@ def trained_copies(tmp_path):
     return open_folder(save(model, tmp_path / "trained")), small.sizes
 
 
-ALONE = instead(
-    reconstruct, "keep_units", lambda _: lambda gram_XX, felt_M, count: choose_units(felt_M, count)
-)
+ALONE = instead(survivors, "keep_units", lambda _: lambda gram_XX, felt_M, count: choose_units(felt_M, count))
 
 
 def test_of_units_that_were_copies_before_they_were_trained_one_stays(trained_copies, tmp_path, monkeypatch):

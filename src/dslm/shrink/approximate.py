@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dslm.errors import enough_memory
 from dslm.progress import Progress
 from dslm.shrink.depth import likely_layers
 from dslm.shrink.encoder import survey_stream
 from dslm.shrink.fold import Encoder
-from dslm.shrink.importance import Importance
 from dslm.shrink.rebuild import Rebuilt, Windows, importance_for, rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.survey import few
@@ -33,7 +32,7 @@ def approximate(
     folder: Path,
     *,
     recipe: Recipe,
-    felt: Importance | None = None,
+    felt: Mapping[str, Tensor] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -56,15 +55,20 @@ def approximate(
         VerificationError: activations are not finite.
     """
     before, where = Sizes.from_config(weights.family, weights.config), walking_device(device)
-    with enough_for(windows, recipe):
-        if felt is None:
-            felt = importance_for(Walk(weights, where), target, windows, folder, recipe, progress)
+    count, length = windows.all.shape
+    other = ", or let dslm down --refine 0 take no steps" if recipe.takes_steps else ""
+    with enough_memory(
+        f"to shrink block by block on {count} windows of {length} tokens",
+        f"lower --samples or --sequence-length{other}",
+    ):
         stream = None
         if before.hidden_size != target.hidden_size:
             survey = survey_stream(
                 Walk(weights, where), few(windows.fit), tied=target.tied, progress=progress
             )
-            stream = survey.encoder(target.hidden_size, felt.stream_DD)
+            stream = survey.encoder(target.hidden_size)
+        if felt is None:
+            felt = importance_for(Walk(weights, where), target, windows, folder, recipe, progress)
         layers = choose_layers(
             weights,
             target,
@@ -82,16 +86,6 @@ def approximate(
         )  # fmt: skip
 
 
-def enough_for(windows: Windows, recipe: Recipe) -> AbstractContextManager[None]:
-    """Says what to lower where shrinking on some windows takes more memory than there is."""
-    count, length = windows.all.shape
-    other = ", or let dslm down --refine 0 take no steps" if recipe.takes_steps else ""
-    return enough_memory(
-        f"to shrink block by block on {count} windows of {length} tokens",
-        f"lower --samples or --sequence-length{other}",
-    )
-
-
 def choose_layers(
     weights: Weights,
     target: Sizes,
@@ -100,7 +94,7 @@ def choose_layers(
     folder: Path,
     *,
     recipe: Recipe,
-    felt: Importance | None = None,
+    felt: Mapping[str, Tensor],
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[int, ...]:

@@ -26,14 +26,8 @@ from dslm.shrink.walk import Walk
 class Survey(Protocol):
     """What one pass over a model shows of its stream."""
 
-    def encoder(self, count: int, felt_SS: Tensor | None = None) -> Encoder:
-        """The encoder that keeps so many channels or directions.
-
-        Args:
-            count: how many.
-            felt_SS: second moment of the loss's gradient with respect to the stream, of any scale; None if that is not
-                known.
-        """
+    def encoder(self, count: int) -> Encoder:
+        """The encoder that keeps so many channels or directions."""
 
 
 def survey_stream(
@@ -98,8 +92,8 @@ class _Directions:
     def _add(self, x_NS: Tensor) -> None:
         self.gram_SS += (x_NS.T @ x_NS).double().cpu()
 
-    def encoder(self, count: int, felt_SS: Tensor | None = None) -> Encoder:
-        return rotation(self.gram_SS, felt_SS, self.last_gain_S, count, self.gains)
+    def encoder(self, count: int) -> Encoder:
+        return rotation(self.gram_SS, self.last_gain_S, count, self.gains)
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +131,7 @@ class _Channels:
     def _add_power(self, stream_BTS: Tensor) -> None:
         self.power_S += scaled(stream_BTS).square().sum(dim=0).double().cpu()
 
-    def encoder(self, count: int, felt_SS: Tensor | None = None) -> Encoder:
+    def encoder(self, count: int) -> Encoder:
         return choose_channels(self.scores_S, self.power_S, count)
 
 

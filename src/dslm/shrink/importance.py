@@ -1,117 +1,130 @@
-"""What the loss feels of units, heads and the stream: first-order importance, by one backward pass, block by block.
+"""What the loss feels of each FFN unit and head: first-order importance, by one backward pass, block by block.
 
 Silencing a unit changes the loss by about ``-z g`` at each token, ``z`` what the unit gives there and ``g`` the loss's
 gradient with respect to that; the sum of its square over tokens is the importance of Molchanov et al.
-(https://arxiv.org/abs/1906.10771, equation 8), here of activations. The streams between the blocks wait in a file, so
-backwards as forwards one block is in memory at a time. For the stream the directions of the gradient are told, by their
-second moment.
+(https://arxiv.org/abs/1906.10771, equation 8), here of activations (``docs/how-it-works.md``, "What stays"). The
+streams between the blocks wait where streams lie, so backwards as forwards one block is in memory at a time.
 
-Shape letters: B windows, T tokens, D hidden size, L layers, X what a writer reads, H query heads, V vocabulary.
+Shape letters: B windows, T tokens, N some tokens, D hidden size, L layers, X what a writer reads, M FFN units, H query
+heads, V vocabulary.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dslm.errors import VerificationError
+from dslm.errors import VerificationError, enough_memory
 from dslm.progress import Progress
 from dslm.shrink.refine import PIECE, positions_at_once, repeatable
 from dslm.shrink.solve import sum_over_processes
-from dslm.shrink.streams import stream_in_file
+from dslm.shrink.streams import empty_stream
 from dslm.shrink.tap import reads_heads, writes_stream
 from dslm.shrink.walk import Walk
 
-_LEAST, _MOST, _SHARE = 4096, 8192, 6
+_LEAST, _MOST, _ONE_IN = 4096, 8192, 6
 """Tokens that are read, on each process of a distributed run: one in so many, but not fewer and not more; at least one
 window. A backward pass takes a few times as long as a pass forwards, and twice the tokens choose hardly better."""
-_LABEL = "ranking units"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Importance:
-    """What a model's loss feels. All in float64, sums over tokens.
-
-    Attributes:
-        writers: name of a matrix that writes the stream -> ``[M]`` or ``[H]``: the squared first-order change of the
-            loss if an FFN unit, or a whole query head, were silent; empty if that was not asked.
-        stream_DD: second moment of the loss's gradient with respect to the stream scaled to a mean square of one,
-            summed over the places between blocks; None if that was not asked.
-    """
-
-    writers: Mapping[str, Tensor] = field(default_factory=dict)
-    stream_DD: Tensor | None = None
-
-
-@torch.no_grad()
-def importance(walk: Walk, ids_BT: Tensor, folder: Path, progress: Progress | None = None) -> Importance:
-    """How much a model's loss feels what is in it; all processes of a distributed run get the same.
+def importance(
+    walk: Walk, ids_BT: Tensor, folder: Path, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """How much a model's loss feels each FFN unit and query head; all processes of a distributed run get the same.
 
     Args:
         walk: the model.
-        ids_BT: windows, int64; no more are used than are needed.
-        folder: where streams go for the time being.
+        ids_BT: windows, int64; no more are used than are needed, and a process may have none.
+        folder: where streams go for the time being, if they are too large for memory.
         progress: called with a label, steps done and steps in all.
+
+    Returns:
+        Name of a matrix that writes the stream -> float64 ``[M]`` or ``[H]``: the sum over tokens of the squared
+        first-order change of the loss if the unit, or the whole head, were silent there.
 
     Raises:
         VerificationError: activations or gradients are not finite.
+        OutOfMemoryError: the memory was not enough.
     """
-    tokens = max(_LEAST, min(_MOST, ids_BT.numel() // _SHARE))
+    tokens = max(_LEAST, min(_MOST, ids_BT.numel() // _ONE_IN))
     ids_BT = ids_BT[: max(1, tokens // ids_BT.shape[1])]
+    felt = {name: _nothing(walk, name) for name in walk.places if _matters(walk, name)}
+    if len(ids_BT):
+        with (
+            enough_memory(
+                f"for the gradients of one block on a window of {ids_BT.shape[1]} tokens",
+                "lower --sequence-length",
+            ),
+            tempfile.TemporaryDirectory(dir=folder) as room,
+        ):
+            _add(felt, walk, ids_BT, Path(room), progress)
+    for name, felt_X in felt.items():
+        if not torch.isfinite(sum_over_processes(felt_X)).all():
+            raise VerificationError(
+                f"the gradient of the loss at {name} is NaN or infinite",
+                "the model is broken there or behind it; check it with dslm diff",
+            )
+    return felt
+
+
+def _matters(walk: Walk, name: str) -> bool:
+    line = walk.places[name].line
+    return line.layer is not None and len(line.shape) == 2 and writes_stream(walk, name)
+
+
+def _nothing(walk: Walk, name: str) -> Tensor:
+    sizes = walk.weights.family.dimensions(walk.weights.config)
+    features = sizes["heads"] if reads_heads(walk, name) else walk.places[name].line.shape[1]
+    return torch.zeros(features, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _add(
+    felt: Mapping[str, Tensor], walk: Walk, ids_BT: Tensor, folder: Path, progress: Progress | None
+) -> None:
+    """Add what the loss of some windows feels."""
     pieces = torch.split(torch.arange(len(ids_BT)), max(1, PIECE // ids_BT.shape[1]))
-    layers, width = len(walk.blocks), walk.weights.family.dimensions(walk.weights.config)["hidden"]
-    writers: dict[str, Tensor] = {}
-    stream_DD = torch.zeros(width, width, dtype=torch.float64)
+    layers = len(walk.blocks)
 
     def step(number: int) -> None:
         if progress is not None:
-            progress(_LABEL, number, 2 * layers)
+            progress("ranking units", number, 2 * layers)
 
-    with tempfile.TemporaryDirectory(dir=folder) as room:
-        between_LBTD = stream_in_file((layers + 1, *ids_BT.shape, width), Path(room), "between")
-        walk.embed(ids_BT, between_LBTD[0])
-        for layer in range(layers):
-            with walk.block(layer):
-                for some in pieces:
-                    between_LBTD[layer + 1, some] = walk.run(
-                        layer, between_LBTD[layer, some].to(walk.device)
-                    ).cpu()
-            step(layer + 1)
-        gradient_BTD = between_LBTD[layers]  # in the room of what it is the gradient of
-        with walk.head():
+    between_LBTD = _forwards(walk, ids_BT, pieces, folder, step)
+    gradient_BTD = between_LBTD[layers]  # in the room of what it is the gradient of
+    with walk.head():
+        for some in pieces:
+            gradient_BTD[some] = _through_head(walk, gradient_BTD[some], ids_BT[some])
+    for layer in reversed(range(layers)):
+        with walk.block(layer):
             for some in pieces:
-                end_BTD = gradient_BTD[some]
-                gradient_BTD[some] = _through_head(walk, end_BTD, ids_BT[some])
-                stream_DD += _outer(end_BTD, gradient_BTD[some])
-        for layer in reversed(range(layers)):
-            with walk.block(layer):
-                for some in pieces:
-                    before_BTD = between_LBTD[layer, some]
-                    gradient_BTD[some], felt = _through_block(walk, layer, before_BTD, gradient_BTD[some])
-                    stream_DD += _outer(before_BTD, gradient_BTD[some])
-                    for name, felt_X in felt.items():
-                        writers[name] = writers.get(name, 0.0) + felt_X
-            step(2 * layers - layer)
-    for what, sums in {**writers, "the stream": stream_DD}.items():
-        if not torch.isfinite(sum_over_processes(sums)).all():
-            raise VerificationError(
-                f"the gradient of the loss at {what} is NaN or infinite",
-                "the model is broken there or behind it; check it with dslm diff",
-            )
-    return Importance({name: felt_X.cpu() for name, felt_X in writers.items()}, stream_DD)
+                gradient_BTD[some], found = _through_block(
+                    walk, layer, between_LBTD[layer, some], gradient_BTD[some]
+                )
+                for name, felt_X in found.items():
+                    felt[name].add_(felt_X)
+        step(2 * layers - layer)
 
 
-def _outer(stream_BTD: Tensor, gradient_BTD: Tensor) -> Tensor:
-    """``sum g g^T`` of the gradient with respect to a stream whose tokens are scaled to a mean square of one."""
-    scale_BT1 = stream_BTD.square().mean(dim=-1, keepdim=True).sqrt()
-    g_ND = (gradient_BTD * scale_BT1).flatten(0, 1)
-    return (g_ND.T @ g_ND).double()
+def _forwards(
+    walk: Walk, ids_BT: Tensor, pieces: Sequence[Tensor], folder: Path, step: Callable[[int], None]
+) -> Tensor:
+    """The stream before each block and behind the last, ``[L + 1, B, T, D]``."""
+    layers, width = len(walk.blocks), walk.weights.family.dimensions(walk.weights.config)["hidden"]
+    between_LBTD = empty_stream((layers + 1, *ids_BT.shape, width), folder, "between")
+    walk.embed(ids_BT, between_LBTD[0])
+    for layer in range(layers):
+        with walk.block(layer):
+            for some in pieces:
+                out_BTD = walk.run(layer, between_LBTD[layer, some].to(walk.device))
+                between_LBTD[layer + 1, some] = out_BTD.cpu()
+        step(layer + 1)
+    return between_LBTD
 
 
 def _through_head(walk: Walk, end_BTD: Tensor, ids_BT: Tensor) -> Tensor:
@@ -136,7 +149,7 @@ def _through_block(
     reads: dict[str, Tensor] = {}
     handles = []
     for module, name in walk.linears(layer).items():
-        if writes_stream(walk, name):
+        if _matters(walk, name):
 
             def keep(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 reads[name] = args[0]
@@ -157,5 +170,5 @@ def _through_block(
         product_NX = (z_BTX.detach() * g_BTX).flatten(0, -2)
         if reads_heads(walk, name):
             product_NX = product_NX.view(len(product_NX), heads, -1).sum(dim=-1)
-        felt[name] = product_NX.double().square().sum(dim=0)
+        felt[name] = product_NX.double().square().sum(dim=0).cpu()
     return gradients[0].cpu(), felt

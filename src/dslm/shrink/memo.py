@@ -77,7 +77,7 @@ class Memo:
 
         def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             if self._room is None or self._room.shape[-1] != args[0].shape[-1]:
-                self._room = empty_stream(*self._shape, args[0].shape[-1], self._folder, self._name)
+                self._room = empty_stream((*self._shape, args[0].shape[-1]), self._folder, self._name)
             self._room[windows] = args[0].cpu()
             self._known[windows] = True
 

@@ -19,7 +19,7 @@ from dslm.families import Family
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key
 from dslm.shrink.head import fit_head
-from dslm.shrink.importance import Importance, importance
+from dslm.shrink.importance import importance
 from dslm.shrink.memo import Memo
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.reconstruct import Rebuilder
@@ -124,7 +124,7 @@ def rebuild(
     folder: Path,
     *,
     recipe: Recipe | None = None,
-    felt: Importance | None = None,
+    felt: Mapping[str, Tensor] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -163,7 +163,7 @@ def rebuild(
     tokens = windows.all
     streams = Streams(
         teacher=_embedded(teacher, tokens, folder, "teacher"),
-        ahead=empty_stream(len(tokens), tokens.shape[1], before.hidden_size, folder, "ahead"),
+        ahead=empty_stream((*tokens.shape, before.hidden_size), folder, "ahead"),
         student=_embedded(student, tokens, folder, "student"),
         fit=len(windows.fit),
         held_out=len(windows.held_out),
@@ -203,26 +203,25 @@ def importance_for(
     folder: Path,
     recipe: Recipe,
     progress: Progress | None = None,
-) -> Importance:
-    """What the loss feels of a model, where the recipe asks and something narrower is to be chosen.
+) -> dict[str, Tensor]:
+    """What the loss feels of a model's units and heads; nothing where none go, or the recipe looks at norms alone.
 
-    Arguments as of `rebuild`; the teacher is that of its source.
+    Arguments as of `rebuild`; the teacher is that of its source. Names of writers -> as of `importance`.
     """
     sizes = Sizes.from_config(teacher.weights.family, teacher.weights.config)
-    if not (recipe.solve and recipe.by_loss) or _widths(sizes) == _widths(target):
-        return Importance()
+    if not (recipe.solve and recipe.by_loss) or _insides(sizes) == _insides(target):
+        return {}
     return importance(teacher, windows.fit, folder, progress)
 
 
-def _widths(sizes: Sizes) -> tuple[int, ...]:
-    return sizes.hidden_size, sizes.intermediate_size, sizes.num_attention_heads, sizes.num_key_value_heads
+def _insides(sizes: Sizes) -> tuple[int, int, int]:
+    return sizes.intermediate_size, sizes.num_attention_heads, sizes.num_key_value_heads
 
 
 def _embedded(walk: Walk, ids_BT: Tensor, folder: Path, name: str) -> Tensor:
     """What the first block gets for some windows, where streams lie."""
-    windows, length = ids_BT.shape
     width = Sizes.from_config(walk.weights.family, walk.weights.config).hidden_size
-    return walk.embed(ids_BT, empty_stream(windows, length, width, folder, name))
+    return walk.embed(ids_BT, empty_stream((*ids_BT.shape, width), folder, name))
 
 
 def _losses(run: _Run, windows: Windows) -> dict[str, tuple[float, float]]:

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from dslm.progress import Progress
 from dslm.shrink.fold import Encoder, Fold, Key, axis_fold
-from dslm.shrink.importance import Importance
 from dslm.shrink.memo import Memo
 from dslm.shrink.recipe import Recipe
-from dslm.shrink.select import choose_heads, choose_units, head_scores, keep_units, unit_scores
 from dslm.shrink.solve import Moments, place_of_share, solve, sum_over_processes
 from dslm.shrink.steps import step_towards_logits, step_towards_stream, steps_to_take
 from dslm.shrink.streams import Streams, token_weights
-from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, reads_heads, tap, watch, with_one
+from dslm.shrink.survivors import Survivors
+from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, tap, watch, with_one
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import as_kept
 from dslm.shrink.writers import StreamWriter, side
@@ -46,7 +45,8 @@ class Rebuilder:
         source: the teacher's sizes.
         target: the student's sizes.
         recipe: how blocks are rebuilt.
-        felt: what the loss feels of the teacher's units and heads; norms choose where that was not asked.
+        felt: what the loss feels of the units and heads that a writer of the teacher reads, by its name; empty where
+            norms choose.
         teacher_memo: what the teacher's attention makes of each window, for the block at hand.
         student_memo: the same of the student's, once the matrices before it are solved.
         dtypes: the student's tensor -> what it is kept in; empty for float32.
@@ -61,7 +61,7 @@ class Rebuilder:
     source: Sizes
     target: Sizes
     recipe: Recipe
-    felt: Importance
+    felt: Mapping[str, Tensor]
     teacher_memo: Memo
     student_memo: Memo
     dtypes: Mapping[str, torch.dtype]
@@ -106,60 +106,25 @@ class Rebuilder:
 
     def _look_ahead(self, origin: int, shape: Anatomy, streams: Streams) -> None:
         """Run the teacher's block; on the way choose the units and heads that stay."""
-        moments: dict[str, Moments] = {}
-        for name in self._cut_behind(shape):
-            features = self.teacher.get(name).shape[1] + int(self._bias_refitted(name, streams))
-            moments[name] = Moments.zero(features, 0, self.teacher.device)
+        _, fit = place_of_share(streams.fit)
+        enough = fit * streams.teacher.shape[1] >= ENOUGH * self.source.intermediate_size
+        survivors = Survivors(
+            self.teacher,
+            self.source,
+            self.target,
+            shape.writers,
+            self.felt,
+            refitted=self.recipe.solve and enough,
+            weigh_tokens=self.recipe.weigh_tokens,
+        )
         for windows in streams.batches():
             hidden = streams.teacher[windows].to(self.teacher.device)
             with self.teacher_memo.of(windows):
-                watched = list(moments) if windows.start < streams.fit else ()
+                watched = survivors.watched if windows.start < streams.fit else ()
                 out, seen = watch(self.teacher, origin, hidden, watched)
             streams.ahead[windows] = out.cpu()
-            for name, x_NX in seen.items():
-                if self._bias_refitted(name, streams):
-                    x_NX = with_one(x_NX).double()  # what is left without the mean may be small
-                weight_N = self._weights(out.flatten(0, 1)) if self._refits(streams) else None
-                moments[name].add(x_NX, x_NX[:, :0], weight_N)
-        for name in list(moments):
-            self._keep(name, origin, moments.pop(name).summed().gram_XX, refitted=self._refits(streams))
-
-    def _cut_behind(self, shape: Anatomy) -> list[str]:
-        """The writers of a block that read fewer units or heads afterwards."""
-        units_change = self.source.intermediate_size != self.target.intermediate_size
-        heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
-        heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
-        changes = {True: heads_change, False: units_change}
-        return [name for name in shape.writers if changes[reads_heads(self.teacher, name)]]
-
-    def _refits(self, streams: Streams) -> bool:
-        """Whether what the other units make up for is made up for, and there are tokens enough to tell what that is."""
-        _, fit = place_of_share(streams.fit)
-        return self.recipe.solve and fit * streams.teacher.shape[1] >= ENOUGH * self.source.intermediate_size
-
-    def _bias_refitted(self, name: str, streams: Streams) -> bool:
-        return self._refits(streams) and bias_of(self.teacher, name) is not None
-
-    def _keep(self, name: str, origin: int, gram_XX: Tensor, *, refitted: bool) -> None:
-        """Choose units or heads, given the moments of what a writer of the teacher reads."""
-        writer, felt = self.teacher.get(name), self.felt.writers.get(name)
-        if not reads_heads(self.teacher, name):
-            count = self.target.intermediate_size
-            if felt is None:
-                fold = choose_units(unit_scores(gram_XX.diagonal()[: writer.shape[1]], writer).cpu(), count)
-            else:
-                fold = keep_units(gram_XX, felt, count) if refitted else choose_units(felt, count)
-            self.folds["intermediate", origin] = fold
-            return
-        heads, width = self.source.num_attention_heads, writer.shape[1]
-        scores = head_scores(gram_XX[:width, :width], writer, heads) if felt is None else felt.sqrt()
-        kept = choose_heads(
-            scores.cpu(),
-            self.source.num_key_value_heads,
-            self.target.num_attention_heads,
-            self.target.num_key_value_heads,
-        )
-        self.folds.update({(word, origin): fold for word, fold in kept.items()})
+            survivors.see(seen, out.flatten(0, 1))
+        self.folds.update({(word, origin): fold for word, fold in survivors.folds().items()})
 
     def _weights(self, stream_ND: Tensor) -> Tensor | None:
         """What tokens count, given the stream behind; None where all count alike."""

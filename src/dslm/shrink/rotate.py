@@ -67,30 +67,17 @@ def _along(weight: Tensor, axis: int, map_TS: Tensor) -> Tensor:
     return (weight.transpose(axis, -1) @ map_TS.T).transpose(axis, -1).contiguous()
 
 
-def rotation(
-    gram_SS: Tensor,
-    felt_SS: Tensor | None,
-    last_gain_S: Tensor | None,
-    count: int,
-    gains: Mapping[str, str],
-) -> Rotation:
-    """The directions that the loss would miss most: the leading ones of the geometric mean of two second moments.
-
-    Dropping the directions ``Q`` costs, to first order and if stream and gradient vary alone, ``tr(Q C Q F)`` with the
-    second moments ``C`` of the stream and ``F`` of the gradient. If the two commute, the eigenvectors of their
-    geometric mean make that smallest; if they do not, nearly (SmolLM2: 2 % above a minimum that descent finds). Where
-    the stream has nothing, the mean has nothing either.
+def rotation(gram_SS: Tensor, last_gain_S: Tensor | None, count: int, gains: Mapping[str, str]) -> Rotation:
+    """The directions that hold most of the stream.
 
     Args:
         gram_SS: float64, sum of ``x x^T`` over a stream whose tokens are scaled to a mean square of one.
-        felt_SS: float64, the same of the loss's gradient; None for the directions of the stream alone.
         last_gain_S: gain of the last norm where it stays one, before a tied table; the basis is the one in which it is
             diagonal. None where it goes into the output table.
         count: directions to keep.
         gains: weight of a reader -> gain of the norm in front of it.
     """
-    wanted_SS = gram_SS if felt_SS is None else geometric_mean(gram_SS, felt_SS)
-    directions_ST = torch.linalg.eigh(wanted_SS).eigenvectors[:, -count:]
+    directions_ST = torch.linalg.eigh(gram_SS).eigenvectors[:, -count:]
     basis_TS = directions_ST.T
     if last_gain_S is not None:
         gain_TT = directions_ST.T @ (last_gain_S.double()[:, None] * directions_ST)
@@ -98,22 +85,6 @@ def rotation(
     kept = (basis_TS @ gram_SS * basis_TS).sum() / gram_SS.trace()
     amplitude = (count / len(gram_SS) / kept).sqrt()
     return Rotation(basis_TS, float(amplitude), gains)
-
-
-def geometric_mean(first_SS: Tensor, second_SS: Tensor) -> Tensor:
-    """The matrix between two positive semidefinite ones, ``L (L^+ B L^+T)^(1/2) L^T`` with ``A = L L^T``.
-
-    Where the first has nothing, the result has nothing. Pusz and Woronowicz 1975, "Functional calculus for sesquilinear
-    forms and the purification map".
-    """
-    squares_S, vectors_SS = torch.linalg.eigh(first_SS)
-    there_S = squares_S > 1e-12 * squares_S[-1]
-    root_SR = vectors_SS[:, there_S] * squares_S[there_S].sqrt()
-    inverse_SR = vectors_SS[:, there_S] / squares_S[there_S].sqrt()
-    middle_R, turned_RR = torch.linalg.eigh(inverse_SR.T @ second_SS @ inverse_SR)
-    half_SR = root_SR @ turned_RR
-    mean_SS: Tensor = (half_SR * middle_R.clamp_min(0).sqrt()) @ half_SR.T
-    return mean_SS
 
 
 @dataclass(frozen=True, slots=True)

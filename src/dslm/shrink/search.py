@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.progress import Progress
-from dslm.shrink.approximate import approximate, enough_for
+from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.capture import Capture, captured, damage, shares_cut
-from dslm.shrink.importance import Importance
 from dslm.shrink.rebuild import Windows, importance_for
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
@@ -157,7 +158,7 @@ class _Builder:
     device: str
     folder: Path | None
     progress: Progress | None
-    felt: Importance | None = None
+    felt: Mapping[str, Tensor] = field(default_factory=dict)
 
     def built(self, shape: Scored) -> Scored:
         """A shape with its loss."""
@@ -177,9 +178,8 @@ class _Builder:
             )  # fmt: skip
         return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)
 
-    def _felt(self, target: Sizes, windows: Windows, room: Path) -> Importance:
-        if self.felt is None:
-            with enough_for(windows, self.recipe):
-                walk = Walk(self.weights, walking_device(self.device))
-                self.felt = importance_for(walk, target, windows, room, self.recipe, self.progress)
+    def _felt(self, target: Sizes, windows: Windows, room: Path) -> Mapping[str, Tensor]:
+        if not self.felt:  # a shape that only loses layers does not ask
+            walk = Walk(self.weights, walking_device(self.device))
+            self.felt = importance_for(walk, target, windows, room, self.recipe, self.progress)
         return self.felt

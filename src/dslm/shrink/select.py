@@ -1,6 +1,6 @@
 """Which units and heads stay: those that the loss would miss, and the others cannot replace.
 
-Where nothing is refitted the score of a unit is the root mean square of its activation times the norm of the column
+By norms, the score of a unit is the root mean square of its activation times the norm of the column
 that writes it ("activation norm times column norm"), the magnitudes of Minitron (arXiv 2407.14679, section 3) with the
 writer's side put in; that of a head is the root mean square of what it adds to the stream. Where columns are refitted,
 units go one by one, each time the one that costs least: what the loss feels of it (`dslm.shrink.importance`), as far as
@@ -21,6 +21,8 @@ from dslm.shrink.fold import Fold, select
 
 _DAMPING = 0.1
 """Added to the Gram, relative to each unit's own mean square: how much less than it seems the others make up for."""
+_FLOOR = 1e-9
+"""Of the mean of all, what units that are always silent are taken to give."""
 _AT_ONCE, _ROUNDS = 16, 64
 """So many units go before all losses are computed again, or as many more as keep it to so many rounds."""
 
@@ -65,7 +67,7 @@ def surviving_units(gram_MM: Tensor, price_M: Tensor, count: int) -> Tensor:
 def _damped_inverse(gram_MM: Tensor) -> Tensor:
     """In the Gram's own memory: it is the largest thing that choosing units needs."""
     diagonal_M = gram_MM.diagonal()
-    diagonal_M += _DAMPING * diagonal_M + 1e-9 * diagonal_M.mean() + 1e-30
+    diagonal_M += _DAMPING * diagonal_M + _FLOOR * diagonal_M.mean() + 1e-30
     columns_first_MM = gram_MM.T  # as LAPACK wants it; otherwise it works on a copy
     torch.linalg.cholesky(columns_first_MM, out=columns_first_MM)
     return torch.cholesky_inverse(columns_first_MM, out=columns_first_MM)
@@ -128,7 +130,7 @@ def choose_units(scores_M: Tensor, count: int) -> Fold:
 
 
 def keep_units(gram_XX: Tensor, felt_M: Tensor, count: int) -> Fold:
-    """Keep so many FFN units of which the others are refitted.
+    """Keep so many FFN units, where those that stay are refitted.
 
     Args:
         gram_XX: second moment of their activations, with a one behind them where a bias is refitted too, in float64; it
@@ -137,8 +139,9 @@ def keep_units(gram_XX: Tensor, felt_M: Tensor, count: int) -> Fold:
         count: units to keep.
     """
     power_M = gram_XX.diagonal()[: len(felt_M)].clone()
+    power_M = power_M.clamp_min(float(_FLOOR * power_M.mean()) + 1e-30)
     gram_MM = less_constant(gram_XX) if len(gram_XX) > len(felt_M) else gram_XX
-    price_M = felt_M.to(power_M) / power_M.clamp_min(1e-30)
+    price_M = felt_M.to(power_M) / power_M
     return select(surviving_units(gram_MM, price_M, count).cpu(), len(felt_M))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 IN_MEMORY = 2_000_000_000
-"""Bytes of one stream above which it lies in a file instead."""
+"""Bytes of a stream, or of those that are needed at once, above which they lie in a file instead."""
 BATCH_TOKENS = 4096
 
 
@@ -60,24 +60,17 @@ class Streams:
             yield one, False
 
 
-def empty_stream(windows: int, length: int, width: int, folder: Path, name: str) -> Tensor:
-    """Room for a stream, ``[windows, length, width]`` in float32.
+def empty_stream(shape: tuple[int, ...], folder: Path, name: str) -> Tensor:
+    """Room for a stream, or for several, in float32.
 
     Args:
-        windows: number of windows.
-        length: tokens of each.
-        width: hidden size.
+        shape: ``[windows, tokens, hidden size]``, and what may be before that.
         folder: where a file may go.
         name: the file's name.
     """
-    if windows * length * width * 4 <= IN_MEMORY:
-        return torch.empty(windows, length, width)
-    return stream_in_file((windows, length, width), folder, name)
-
-
-def stream_in_file(shape: tuple[int, ...], folder: Path, name: str) -> Tensor:
-    """Room for streams in a file of a folder, in float32."""
     count = math.prod(shape)
+    if count * 4 <= IN_MEMORY:
+        return torch.empty(shape)
     if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later it would kill the process
         with (folder / name).open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, count * 4)

@@ -1,0 +1,116 @@
+"""Choosing the FFN units and heads of one block that stay, on the way while the teacher's block runs.
+
+Shape letters: N tokens, D hidden size, X what a writer reads, M FFN units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dslm.shrink.fold import Fold
+from dslm.shrink.select import choose_heads, choose_units, head_scores, keep_units, unit_scores
+from dslm.shrink.solve import Moments
+from dslm.shrink.streams import token_weights
+from dslm.shrink.tap import bias_of, reads_heads, with_one
+from dslm.shrink.walk import Walk
+from dslm.sizes import Sizes
+
+
+@dataclass(slots=True, eq=False)
+class Survivors:
+    """What is known about the units and heads of a block, of which fewer are to stay.
+
+    Attributes:
+        teacher: the model, with the block loaded.
+        source: its sizes.
+        target: the sizes to reach.
+        writers: names of the block's matrices that write the stream.
+        felt: what the loss feels of units and heads, by the writer's name; nothing where norms choose.
+        refitted: whether columns are refitted, on tokens enough to tell what the others make up for.
+        weigh_tokens: whether tokens with a large stream count less in that.
+    """
+
+    teacher: Walk
+    source: Sizes
+    target: Sizes
+    writers: list[str]
+    felt: Mapping[str, Tensor]
+    refitted: bool
+    weigh_tokens: bool
+    _moments: dict[str, Moments] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._moments = {}
+        for name in self._cut():
+            if name not in self.felt or (self.refitted and not reads_heads(self.teacher, name)):
+                features = self.teacher.get(name).shape[1] + int(self._with_bias(name))
+                self._moments[name] = Moments.zero(features, 0, self.teacher.device)
+
+    @property
+    def watched(self) -> list[str]:
+        """The writers whose inputs have to be seen."""
+        return list(self._moments)
+
+    def _cut(self) -> list[str]:
+        """The writers that read fewer units or heads afterwards."""
+        units_change = self.source.intermediate_size != self.target.intermediate_size
+        heads = (self.source.num_attention_heads, self.source.num_key_value_heads)
+        heads_change = heads != (self.target.num_attention_heads, self.target.num_key_value_heads)
+        changes = {True: heads_change, False: units_change}
+        return [name for name in self.writers if changes[reads_heads(self.teacher, name)]]
+
+    def _with_bias(self, name: str) -> bool:
+        return self.refitted and bias_of(self.teacher, name) is not None
+
+    def see(self, seen: Mapping[str, Tensor], behind_ND: Tensor) -> None:
+        """Take in some tokens.
+
+        Args:
+            seen: name of each watched writer -> what it reads, ``[N, X]``.
+            behind_ND: the stream behind the block.
+        """
+        for name, x_NX in seen.items():
+            if self._with_bias(name):
+                x_NX = with_one(x_NX).double()  # what is left without the mean may be small
+            weight_N = token_weights(behind_ND) if self.refitted and self.weigh_tokens else None
+            self._moments[name].add(x_NX, x_NX[:, :0], weight_N)
+
+    def folds(self) -> dict[str, Fold]:
+        """The choice, by dimension; all processes of a distributed run come to the same."""
+        found: dict[str, Fold] = {}
+        for name in self._cut():
+            moments = self._moments.pop(name, None)
+            gram_XX = None if moments is None else moments.summed().gram_XX
+            if reads_heads(self.teacher, name):
+                found |= self._heads(name, gram_XX)
+            else:
+                found["intermediate"] = self._units(name, gram_XX)
+        return found
+
+    def _units(self, name: str, gram_XX: Tensor | None) -> Fold:
+        writer_DM, count = self.teacher.get(name), self.target.intermediate_size
+        if name not in self.felt:
+            assert gram_XX is not None, "it was watched"
+            power_M = gram_XX.diagonal()[: writer_DM.shape[1]]
+            return choose_units(unit_scores(power_M, writer_DM).cpu(), count)
+        if gram_XX is None:
+            return choose_units(self.felt[name], count)
+        return keep_units(gram_XX, self.felt[name], count)
+
+    def _heads(self, name: str, gram_XX: Tensor | None) -> dict[str, Fold]:
+        writer_DX, heads = self.teacher.get(name), self.source.num_attention_heads
+        if name in self.felt:
+            scores_H = self.felt[name].sqrt()
+        else:
+            assert gram_XX is not None, "it was watched"
+            width = writer_DX.shape[1]
+            scores_H = head_scores(gram_XX[:width, :width], writer_DX, heads).cpu()
+        return choose_heads(
+            scores_H,
+            self.source.num_key_value_heads,
+            self.target.num_attention_heads,
+            self.target.num_key_value_heads,
+        )

@@ -57,8 +57,8 @@ def survey_stream(
 class _Directions:
     """The leading directions of the second moment of what the norms read, tokens scaled to equal size.
 
-    Counting the table's rows too, weighing by what readers make of the stream, or adding the second moment of the loss's
-    gradient, was tried and was worse.
+    Counting the table's rows too, weighing by what readers make of the stream, or adding the second moment of the
+    loss's gradient, was tried and was worse.
 
     Attributes:
         gram_SS: sum of the second moments.

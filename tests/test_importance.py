@@ -11,7 +11,7 @@ from dslm.checkpoint.reader import open_folder
 from dslm.errors import VerificationError
 from dslm.load import load_model
 from dslm.shrink import importance as module
-from dslm.shrink.importance import importance
+from dslm.shrink.importance import beginnings, importance
 from dslm.shrink.rebuild import rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.tap import reads_heads, writes_stream
@@ -125,16 +125,32 @@ def test_gradients_that_are_not_finite_name_the_matrix(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("least", "most", "one_in", "read"), [(101, 400, 10**6, 5), (1, 101, 1, 5), (1, 400, 4, 6)]
+    ("windows", "read"),
+    [
+        ((16, 1024), (16, 256)),
+        ((64, 1024), (64, 256)),
+        ((160, 1024), (64, 256)),
+        ((160, 2048), (32, 512)),
+        ((4, 1024), (4, 1024)),
+        ((8, 1024), (8, 512)),
+        ((200, 100), (163, 100)),
+        ((1, 20000), (1, 5000)),
+        ((1, 80000), (1, 20000)),
+        ((0, 1024), (0, 1024)),
+    ],
 )
-def test_no_more_windows_are_read_than_are_needed(least, most, one_in, read, tmp_path, monkeypatch):
+def test_a_quarter_of_each_window_is_read(windows, read):
+    ids_BT = torch.arange(windows[0] * windows[1]).view(windows)
+    assert torch.equal(beginnings(ids_BT), ids_BT[: read[0], : read[1]])
+    assert beginnings(ids_BT).shape == read
+
+
+def test_only_beginnings_are_read(tmp_path, monkeypatch):
     source = shrinking.make_source(tmp_path / "source", "llama", "mha")
     ids_BT = shrinking.windows().fit
-    assert ids_BT.shape == (24, 20)
-    for name, value in {"_LEAST": least, "_MOST": most, "_ONE_IN": one_in}.items():
+    some = importance(Walk(Stored(source)), ids_BT[:5, :10], tmp_path)
+    for name, value in {"_LEAST": 1, "_MOST": 50, "_SHORTEST": 10}.items():
         monkeypatch.setattr(module, name, value)
     found = importance(Walk(Stored(source)), ids_BT, tmp_path)
-    monkeypatch.setattr(module, "_LEAST", 10**6)
-    enough = importance(Walk(Stored(source)), ids_BT[:read], tmp_path)
-    assert all(torch.equal(felt, enough[name]) for name, felt in found.items())
+    assert all(torch.equal(felt, some[name]) for name, felt in found.items())
     assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -127,19 +127,18 @@ def test_gradients_that_are_not_finite_name_the_matrix(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("windows", "read"),
     [
-        ((16, 1024), (16, 256)),
+        ((4, 1024), (4, 1024)),
+        ((16, 1024), (16, 1024)),
+        ((17, 1024), (17, 963)),
         ((64, 1024), (64, 256)),
         ((160, 1024), (64, 256)),
-        ((160, 2048), (32, 512)),
-        ((4, 1024), (4, 1024)),
-        ((8, 1024), (8, 512)),
+        ((16, 2048), (16, 1024)),
         ((200, 100), (163, 100)),
-        ((1, 20000), (1, 5000)),
-        ((1, 80000), (1, 20000)),
+        ((1, 80000), (1, 16384)),
         ((0, 1024), (0, 1024)),
     ],
 )
-def test_a_quarter_of_each_window_is_read(windows, read):
+def test_as_much_of_each_window_is_read(windows, read):
     ids_BT = torch.arange(windows[0] * windows[1]).view(windows)
     assert torch.equal(beginnings(ids_BT), ids_BT[: read[0], : read[1]])
     assert beginnings(ids_BT).shape == read
@@ -149,7 +148,7 @@ def test_only_beginnings_are_read(tmp_path, monkeypatch):
     source = shrinking.make_source(tmp_path / "source", "llama", "mha")
     ids_BT = shrinking.windows().fit
     some = importance(Walk(Stored(source)), ids_BT[:5, :10], tmp_path)
-    for name, value in {"_LEAST": 1, "_MOST": 50, "_SHORTEST": 10}.items():
+    for name, value in {"_TOKENS": 50, "_SHORTEST": 10}.items():
         monkeypatch.setattr(module, name, value)
     found = importance(Walk(Stored(source)), ids_BT, tmp_path)
     assert all(torch.equal(felt, some[name]) for name, felt in found.items())

@@ -27,10 +27,10 @@ from dslm.shrink.streams import empty_stream
 from dslm.shrink.tap import reads_heads, writes_stream
 from dslm.shrink.walk import Walk
 
-_LEAST, _MOST, _SHORTEST = 4096, 16384, 256
-"""So many tokens are read at least, and at most, on each process of a distributed run, and of each window so many at
-least. A backward pass takes a few times as long as a pass forwards, so a quarter of each window is read: for other
-texts many beginnings choose better than as many tokens of few whole windows, and nearly as well as all of them."""
+_TOKENS, _SHORTEST = 16384, 256
+"""So many tokens are read, on each process of a distributed run, an equal part of each window, but so many of a window
+at least: for other texts many beginnings choose better than as many tokens of few whole windows. A quarter of the
+tokens chooses worse (``docs/figures.md``)."""
 
 
 def importance(
@@ -73,10 +73,10 @@ def importance(
 
 
 def beginnings(ids_BT: Tensor) -> Tensor:
-    """The part of some windows that is read: a quarter of each; more of few windows, and of many not all of them."""
+    """The part of some windows that is read: as much of each, and all of few."""
     windows, length = ids_BT.shape
-    read = min(length, max(length // 4, _SHORTEST, _LEAST // max(1, windows)))
-    return ids_BT[: max(1, _MOST // read), :read].contiguous()
+    read = min(length, max(_SHORTEST, _TOKENS // max(1, windows)))
+    return ids_BT[: _TOKENS // read, :read].contiguous()
 
 
 def _matters(walk: Walk, name: str) -> bool:

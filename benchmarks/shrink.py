@@ -22,7 +22,7 @@ import torch
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
-from dslm.shrink import reconstruct, select, survivors
+from dslm.shrink import reconstruct, select
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.encoder import survey_stream
@@ -46,7 +46,7 @@ RECIPES = {
     "refine": Recipe(refine=100),
     "closed_form": Recipe().closed(),
     "by_norms": Recipe(by_loss=False).closed(),
-    "by_loss_alone": Recipe().closed(),
+    "no_surgeon": Recipe().closed(),
     "no_readers": Recipe(readers=False).closed(),
     "no_drift": Recipe(drift=False).closed(),
     "no_token_weights": Recipe(weigh_tokens=False).closed(),
@@ -193,9 +193,9 @@ def main() -> None:
                         )
                         choosing[chosen] = time.perf_counter() - begin - asking[chosen]
                 scores = by_weights(source) if method == "magnitude" else select.unit_scores
-                enough = math.inf if method == "by_loss_alone" else reconstruct.ENOUGH
+                enough = math.inf if method == "no_surgeon" else reconstruct.ENOUGH
                 with (
-                    mock.patch.object(survivors, "unit_scores", scores),
+                    mock.patch.object(select, "unit_scores", scores),
                     mock.patch.object(reconstruct, "ENOUGH", enough),
                 ):
                     begin = time.perf_counter()

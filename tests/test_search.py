@@ -68,20 +68,18 @@ def test_shapes_that_are_built_differ_in_more_than_their_ffn(llama):
     assert len(set(built)) == len(built) > 1
 
 
-def test_the_loss_is_asked_once_for_all_shapes(llama, monkeypatch):
+def test_the_loss_is_asked_once_for_all_shapes_and_not_by_one_that_keeps_its_heads(llama, monkeypatch):
     asked, answer = [], rebuild_module.importance
     monkeypatch.setattr(rebuild_module, "importance", lambda *given: asked.append(1) or answer(*given))
-    found = search(llama, round(0.6 * total(llama)), shrinking.windows(), build=4, device="cpu")
-    assert sum(s.measured is not None for s in found) > 1
-    assert len(asked) == 1
-
-
-def test_a_shape_that_only_loses_layers_does_not_answer_for_others(llama):
-    sizes = llama.checkpoint.sizes
     builder = search_module._Builder(llama, shrinking.windows(), Recipe().closed(), "cpu", None, None)
-    for change in ({"num_hidden_layers": 2}, {"intermediate_size": 30}):
-        builder.built(search_module.Scored(sizes.replace(**change), 0, 0.0))
-        assert bool(builder.felt) == ("intermediate_size" in change)
+    one_group = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    for change, times in (
+        ({"num_hidden_layers": 2}, 0),
+        (one_group, 1),
+        (one_group | {"intermediate_size": 30}, 1),
+    ):
+        builder.built(search_module.Scored(llama.checkpoint.sizes.replace(**change), 0, 0.0))
+        assert len(asked) == times
 
 
 def test_nothing_is_built_unless_asked(llama, monkeypatch):

@@ -184,8 +184,8 @@ def test_a_number_too_large_for_the_dtype_is_named(out, tmp_path, capsys, monkey
 # ---------------------------------------------------------------- Ctrl-C
 
 LABELS = [
-    "looking for copies", "writing calibration text", "ranking channels", "ranking units", "ranking layers",
-    "comparing layers", "shrinking", "refining", "writing",
+    "looking for copies", "writing calibration text", "ranking channels", "ranking layers", "comparing layers",
+    "shrinking", "refining", "writing",
 ]  # fmt: skip
 
 

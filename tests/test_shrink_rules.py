@@ -13,9 +13,8 @@ import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.families import Family, load_family
 from dslm.shrink import encoder, rebuild, reconstruct, rotate, survivors, weights, writers
-from dslm.shrink import select as select_module
 from dslm.shrink.fold import select
-from dslm.shrink.select import choose_units, top
+from dslm.shrink.select import top
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 from growing import grow, load, logits, off
@@ -213,7 +212,7 @@ def louder_again(model: PreTrainedModel) -> None:
 
 NO_NORM = instead(writers, "before_norm", lambda _: lambda wanted, usual, gain, eps, weight: (wanted, weight))
 GAIN_STAYS = instead(writers.StreamWriter, "refit_gain", lambda _: lambda writer, streams, ridges: None)
-WITH_MEAN = instead(select_module, "less_constant", lambda _: lambda gram: gram[:-1, :-1])
+WITH_MEAN = instead(survivors, "less_constant", lambda _: lambda gram: gram[:-1, :-1])
 
 
 def no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +267,7 @@ def trained_copies(tmp_path):
     return open_folder(save(model, tmp_path / "trained")), small.sizes
 
 
-ALONE = instead(survivors, "keep_units", lambda _: lambda gram_XX, felt_M, count: choose_units(felt_M, count))
+ALONE = instead(survivors, "keep_units", lambda keep: lambda *a, refitted: keep(*a, refitted=False))
 
 
 def test_of_units_that_were_copies_before_they_were_trained_one_stays(trained_copies, tmp_path, monkeypatch):

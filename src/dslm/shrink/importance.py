@@ -1,12 +1,12 @@
-"""What the loss feels of each FFN unit and head: first-order importance, by one backward pass, block by block.
+"""What the loss feels of each query head: first-order importance, by one backward pass, block by block.
 
-Silencing a unit changes the loss by about ``-z g`` at each token, ``z`` what the unit gives there and ``g`` the loss's
-gradient with respect to that; the sum of its square over tokens is the importance of Molchanov et al.
+Silencing a head changes the loss by about ``-z . g`` at each token, ``z`` what the head gives there and ``g`` the
+loss's gradient with respect to that; the sum of its square over tokens is the importance of Molchanov et al.
 (https://arxiv.org/abs/1906.10771, equation 8), here of activations (``docs/how-it-works.md``, "What stays"). The
 streams between the blocks wait where streams lie, so backwards as forwards one block is in memory at a time.
 
-Shape letters: B windows, T tokens, N some tokens, D hidden size, L layers, X what a writer reads, M FFN units, H query
-heads, V vocabulary.
+Shape letters: B windows, T tokens, N some tokens, D hidden size, L layers, X what heads give, H query heads, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from dslm.progress import Progress
 from dslm.shrink.refine import PIECE, positions_at_once, repeatable
 from dslm.shrink.solve import sum_over_processes
 from dslm.shrink.streams import empty_stream
-from dslm.shrink.tap import reads_heads, writes_stream
+from dslm.shrink.tap import reads_heads
 from dslm.shrink.walk import Walk
 
 _TOKENS, _SHORTEST = 16384, 256
 """So many tokens are read, on each process of a distributed run, an equal part of each window, but so many of a window
-at least: for other texts many beginnings choose better than as many tokens of few whole windows. A quarter of the
-tokens chooses worse (``docs/figures.md``)."""
+at least."""
 
 
 def importance(
     walk: Walk, ids_BT: Tensor, folder: Path, progress: Progress | None = None
 ) -> dict[str, Tensor]:
-    """How much a model's loss feels each FFN unit and query head; all processes of a distributed run get the same.
+    """How much a model's loss feels each query head; all processes of a distributed run get the same.
 
     Args:
         walk: the model.
@@ -45,15 +44,16 @@ def importance(
         progress: called with a label, steps done and steps in all.
 
     Returns:
-        Name of a matrix that writes the stream -> float64 ``[M]`` or ``[H]``: the sum over tokens of the squared
-        first-order change of the loss if the unit, or the whole head, were silent there.
+        Name of a matrix that reads the heads -> float64 ``[H]``: the sum over tokens of the squared first-order change
+        of the loss if the head were silent there.
 
     Raises:
         VerificationError: activations or gradients are not finite.
         OutOfMemoryError: the memory was not enough.
     """
     ids_BT = beginnings(ids_BT)
-    felt = {name: _nothing(walk, name) for name in walk.places if _matters(walk, name)}
+    heads = walk.weights.family.dimensions(walk.weights.config)["heads"]
+    felt = {name: torch.zeros(heads, dtype=torch.float64) for name in walk.places if _matters(walk, name)}
     if len(ids_BT):
         with (
             enough_memory(
@@ -63,8 +63,8 @@ def importance(
             tempfile.TemporaryDirectory(dir=folder) as room,
         ):
             _add(felt, walk, ids_BT, Path(room), progress)
-    for name, felt_X in felt.items():
-        if not torch.isfinite(sum_over_processes(felt_X)).all():
+    for name, felt_H in felt.items():
+        if not torch.isfinite(sum_over_processes(felt_H)).all():
             raise VerificationError(
                 f"the gradient of the loss at {name} is NaN or infinite",
                 "the model is broken there or behind it; check it with dslm diff",
@@ -81,13 +81,7 @@ def beginnings(ids_BT: Tensor) -> Tensor:
 
 def _matters(walk: Walk, name: str) -> bool:
     line = walk.places[name].line
-    return line.layer is not None and len(line.shape) == 2 and writes_stream(walk, name)
-
-
-def _nothing(walk: Walk, name: str) -> Tensor:
-    sizes = walk.weights.family.dimensions(walk.weights.config)
-    features = sizes["heads"] if reads_heads(walk, name) else walk.places[name].line.shape[1]
-    return torch.zeros(features, dtype=torch.float64)
+    return line.layer is not None and len(line.shape) == 2 and reads_heads(walk, name)
 
 
 @torch.no_grad()
@@ -100,7 +94,7 @@ def _add(
 
     def step(number: int) -> None:
         if progress is not None:
-            progress("ranking units", number, 2 * layers)
+            progress("ranking heads", number, 2 * layers)
 
     between_LBTD = _forwards(walk, ids_BT, pieces, folder, step)
     gradient_BTD = between_LBTD[layers]  # in the room of what it is the gradient of
@@ -113,8 +107,8 @@ def _add(
                 gradient_BTD[some], found = _through_block(
                     walk, layer, between_LBTD[layer, some], gradient_BTD[some]
                 )
-                for name, felt_X in found.items():
-                    felt[name].add_(felt_X)
+                for name, felt_H in found.items():
+                    felt[name].add_(felt_H)
         step(2 * layers - layer)
 
 
@@ -152,7 +146,7 @@ def _through_head(walk: Walk, end_BTD: Tensor, ids_BT: Tensor) -> Tensor:
 def _through_block(
     walk: Walk, layer: int, before_BTD: Tensor, gradient_BTD: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """From the gradient behind a loaded block to that before it, and what the loss feels of what its writers read."""
+    """From the gradient behind a loaded block to that before it, and what the loss feels of its heads."""
     reads: dict[str, Tensor] = {}
     handles = []
     for module, name in walk.linears(layer).items():
@@ -175,7 +169,6 @@ def _through_block(
     felt = {}
     for (name, z_BTX), g_BTX in zip(reads.items(), gradients[1:], strict=True):
         product_NX = (z_BTX.detach() * g_BTX).flatten(0, -2)
-        if reads_heads(walk, name):
-            product_NX = product_NX.view(len(product_NX), heads, -1).sum(dim=-1)
-        felt[name] = product_NX.double().square().sum(dim=0).cpu()
+        change_NH = product_NX.view(len(product_NX), heads, -1).sum(dim=-1)
+        felt[name] = change_NH.double().square().sum(dim=0).cpu()
     return gradients[0].cpu(), felt

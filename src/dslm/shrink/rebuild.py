@@ -204,18 +204,18 @@ def importance_for(
     recipe: Recipe,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """What the loss feels of a model's units and heads; nothing where none go, or the recipe looks at norms alone.
+    """What the loss feels of a model's heads; nothing where none go, or the recipe looks at norms alone.
 
     Arguments as of `rebuild`; the teacher is that of its source. Names of writers -> as of `importance`.
     """
     sizes = Sizes.from_config(teacher.weights.family, teacher.weights.config)
-    if not (recipe.solve and recipe.by_loss) or _insides(sizes) == _insides(target):
+    heads = sizes.num_attention_heads, sizes.num_key_value_heads
+    if not (recipe.solve and recipe.by_loss) or heads == (
+        target.num_attention_heads,
+        target.num_key_value_heads,
+    ):
         return {}
     return importance(teacher, windows.fit, folder, progress)
-
-
-def _insides(sizes: Sizes) -> tuple[int, int, int]:
-    return sizes.intermediate_size, sizes.num_attention_heads, sizes.num_key_value_heads
 
 
 def _embedded(walk: Walk, ids_BT: Tensor, folder: Path, name: str) -> Tensor:

@@ -13,7 +13,7 @@ class Recipe:
 
     Attributes:
         solve: re-read by least squares; without it what stays is only cut out (the slicing baseline).
-        by_loss: choose units and heads by what the loss feels of them, if they are refitted; otherwise by norms.
+        by_loss: choose heads by what the loss feels of them, if something is solved; otherwise by norms.
         readers: refit matrices that read the stream too.
         drift: let writers aim at the teacher's stream, and not only at what its block adds.
         weigh_tokens: weight each token by one over the mean square of the stream.

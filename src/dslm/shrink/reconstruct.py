@@ -30,7 +30,7 @@ from dslm.shrink.writers import StreamWriter, side
 from dslm.sizes import Sizes
 
 ENOUGH = 2
-"""Tokens for each FFN unit below which they are too few to tell what other units make up for."""
+"""Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,8 +45,8 @@ class Rebuilder:
         source: the teacher's sizes.
         target: the student's sizes.
         recipe: how blocks are rebuilt.
-        felt: what the loss feels of the units and heads that a writer of the teacher reads, by its name; empty where
-            norms choose.
+        felt: what the loss feels of the heads that a writer of the teacher reads, by its name; empty where norms
+            choose.
         teacher_memo: what the teacher's attention makes of each window, for the block at hand.
         student_memo: the same of the student's, once the matrices before it are solved.
         dtypes: the student's tensor -> what it is kept in; empty for float32.

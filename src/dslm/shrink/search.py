@@ -179,7 +179,7 @@ class _Builder:
         return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)
 
     def _felt(self, target: Sizes, windows: Windows, room: Path) -> Mapping[str, Tensor]:
-        if not self.felt:  # a shape that only loses layers does not ask
+        if not self.felt:  # a shape that keeps its heads does not ask
             walk = Walk(self.weights, walking_device(self.device))
             self.felt = importance_for(walk, target, windows, room, self.recipe, self.progress)
         return self.felt

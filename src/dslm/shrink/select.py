@@ -1,12 +1,12 @@
-"""Which units and heads stay: those that the loss would miss, and the others cannot replace.
+"""Which units and heads stay: those whose output, as it arrives in the residual stream, the others cannot replace.
 
-By norms, the score of a unit is the root mean square of its activation times the norm of the column
+Where nothing is refitted the score of a unit is the root mean square of its activation times the norm of the column
 that writes it ("activation norm times column norm"), the magnitudes of Minitron (arXiv 2407.14679, section 3) with the
-writer's side put in; that of a head is the root mean square of what it adds to the stream. Where columns are refitted,
-units go one by one, each time the one that costs least: what the loss feels of it (`dslm.shrink.importance`), as far as
-those that stay do not make up for it. What they make up for is told by the Gram's inverse, as in the optimal brain
-surgeon (Hassibi and Stork 1992, "Second order derivatives for network pruning"); what that is worth, by the loss. Where
-a bias makes up for the mean only what varies is left.
+writer's side put in. Where columns are refitted, units go one by one, each time the one that costs least once the
+others have made up for it: the optimal brain surgeon (Hassibi and Stork 1992, "Second order derivatives for network
+pruning") with a unit's column in place of a weight. The score of a head is what the loss feels of it
+(`dslm.shrink.importance`), or the root mean square of what it adds to the stream. Tokens may be weighted, and where a
+bias makes up for the mean only what varies counts.
 
 Shape letters: M FFN units, P units looked at, J units that go, H query heads, K key-value heads, G query heads of one
 key-value head, D stream, X what a writer reads.
@@ -21,8 +21,6 @@ from dslm.shrink.fold import Fold, select
 
 _DAMPING = 0.1
 """Added to the Gram, relative to each unit's own mean square: how much less than it seems the others make up for."""
-_FLOOR = 1e-9
-"""Of the mean of all, what units that are always silent are taken to give."""
 _AT_ONCE, _ROUNDS = 16, 64
 """So many units go before all losses are computed again, or as many more as keep it to so many rounds."""
 
@@ -38,27 +36,28 @@ def unit_scores(power_M: Tensor, writer_DM: Tensor) -> Tensor:
     return scores
 
 
-def surviving_units(gram_MM: Tensor, price_M: Tensor, count: int) -> Tensor:
+def surviving_units(gram_MM: Tensor, writer_DM: Tensor, count: int) -> Tensor:
     """Positions of the units that stay, rising, if those that stay are refitted.
 
-    With ``H = gram + damping``, what the other units leave of unit j is ``1 / (H^-1)_jj``, as a sum of squares;
-    ``H^-1`` loses row and column j by elimination.
+    With ``H = gram + damping``, leaving out unit j costs ``|w_j|^2 / (H^-1)_jj`` when the other columns change by
+    ``-w_j (H^-1)_j: / (H^-1)_jj``, and ``H^-1`` loses row and column j by the same elimination.
 
     Args:
         gram_MM: second moment of the units' activations, of any scale, in float64; it is overwritten.
-        price_M: what is lost per square that is left of each unit, of any scale.
+        writer_DM: the matrix that reads the units and writes the stream.
         count: units to keep.
     """
-    inverse_MM, price_M = _damped_inverse(gram_MM), price_M.double()
+    columns_DM, inverse_MM = writer_DM.double(), _damped_inverse(gram_MM)
     left_M = torch.ones(len(gram_MM), dtype=torch.bool, device=gram_MM.device)
     at_once = max(_AT_ONCE, -(-(len(gram_MM) - count) // _ROUNDS))
     while (excess := int(left_M.sum()) - count) > 0:
         going = min(at_once, excess)
-        losses_M = price_M / inverse_MM.diagonal()
+        losses_M = columns_DM.square().sum(dim=0) / inverse_MM.diagonal()
         losses_M[~left_M] = torch.inf
         pool_P = losses_M.topk(min(4 * going, going + count), largest=False).indices
-        gone_J = pool_P[_first_to_go(inverse_MM[pool_P][:, pool_P], price_M[pool_P], going)]
+        gone_J = pool_P[_first_to_go(inverse_MM[pool_P][:, pool_P], columns_DM[:, pool_P], going)]
         share_JM = torch.linalg.solve(inverse_MM[gone_J][:, gone_J], inverse_MM[gone_J])
+        columns_DM = torch.addmm(columns_DM, columns_DM[:, gone_J], share_JM, alpha=-1.0)
         inverse_MM.addmm_(inverse_MM[:, gone_J], share_JM, alpha=-1.0)
         left_M[gone_J] = False
     return left_M.nonzero().flatten()
@@ -67,7 +66,7 @@ def surviving_units(gram_MM: Tensor, price_M: Tensor, count: int) -> Tensor:
 def _damped_inverse(gram_MM: Tensor) -> Tensor:
     """In the Gram's own memory: it is the largest thing that choosing units needs."""
     diagonal_M = gram_MM.diagonal()
-    diagonal_M += _DAMPING * diagonal_M + _FLOOR * diagonal_M.mean() + 1e-30
+    diagonal_M += _DAMPING * diagonal_M + 1e-9 * diagonal_M.mean() + 1e-30
     columns_first_MM = gram_MM.T  # as LAPACK wants it; otherwise it works on a copy
     torch.linalg.cholesky(columns_first_MM, out=columns_first_MM)
     return torch.cholesky_inverse(columns_first_MM, out=columns_first_MM)
@@ -88,14 +87,15 @@ def less_constant(gram_XX: Tensor) -> Tensor:
     return left_XX
 
 
-def _first_to_go(inverse_PP: Tensor, price_P: Tensor, count: int) -> Tensor:
+def _first_to_go(inverse_PP: Tensor, columns_DP: Tensor, count: int) -> Tensor:
     """Positions of the units that go first, one by one."""
     going: list[int] = []
     for _ in range(count):
-        losses_P = price_P / inverse_PP.diagonal().clamp_min(1e-300)
+        losses_P = columns_DP.square().sum(dim=0) / inverse_PP.diagonal().clamp_min(1e-300)
         losses_P[going] = torch.inf
         unit = int(losses_P.argmin())
         share_P = inverse_PP[unit] / inverse_PP[unit, unit]
+        columns_DP = columns_DP - columns_DP[:, unit, None] * share_P
         inverse_PP = inverse_PP - inverse_PP[:, unit, None] * share_P
         going.append(unit)
     return torch.tensor(going, device=inverse_PP.device)
@@ -129,20 +129,11 @@ def choose_units(scores_M: Tensor, count: int) -> Fold:
     return select(top(scores_M, count), len(scores_M))
 
 
-def keep_units(gram_XX: Tensor, felt_M: Tensor, count: int) -> Fold:
-    """Keep so many FFN units, where those that stay are refitted.
-
-    Args:
-        gram_XX: second moment of their activations, with a one behind them where a bias is refitted too, in float64; it
-            may be overwritten.
-        felt_M: what the loss feels of each, of any scale.
-        count: units to keep.
-    """
-    power_M = gram_XX.diagonal()[: len(felt_M)].clone()
-    power_M = power_M.clamp_min(float(_FLOOR * power_M.mean()) + 1e-30)
-    gram_MM = less_constant(gram_XX) if len(gram_XX) > len(felt_M) else gram_XX
-    price_M = felt_M.to(power_M) / power_M
-    return select(surviving_units(gram_MM, price_M, count).cpu(), len(felt_M))
+def keep_units(gram_MM: Tensor, writer_DM: Tensor, count: int, *, refitted: bool) -> Fold:
+    """Keep so many FFN units, given the second moment of their activations, which is overwritten."""
+    if refitted:
+        return select(surviving_units(gram_MM, writer_DM, count).cpu(), len(gram_MM))
+    return choose_units(unit_scores(gram_MM.diagonal(), writer_DM).cpu(), count)
 
 
 def choose_heads(scores_H: Tensor, kv_heads: int, target_heads: int, target_kv: int) -> dict[str, Fold]:

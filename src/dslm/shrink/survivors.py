@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dslm.shrink.fold import Fold
-from dslm.shrink.select import choose_heads, choose_units, head_scores, keep_units, unit_scores
+from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
 from dslm.shrink.solve import Moments
 from dslm.shrink.streams import token_weights
 from dslm.shrink.tap import bias_of, reads_heads, with_one
@@ -28,7 +28,7 @@ class Survivors:
         source: its sizes.
         target: the sizes to reach.
         writers: names of the block's matrices that write the stream.
-        felt: what the loss feels of units and heads, by the writer's name; nothing where norms choose.
+        felt: what the loss feels of heads, by the name of the writer that reads them; nothing where norms choose.
         refitted: whether columns are refitted, on tokens enough to tell what the others make up for.
         weigh_tokens: whether tokens with a large stream count less in that.
     """
@@ -45,7 +45,7 @@ class Survivors:
     def __post_init__(self) -> None:
         self._moments = {}
         for name in self._cut():
-            if name not in self.felt or (self.refitted and not reads_heads(self.teacher, name)):
+            if name not in self.felt:
                 features = self.teacher.get(name).shape[1] + int(self._with_bias(name))
                 self._moments[name] = Moments.zero(features, 0, self.teacher.device)
 
@@ -91,14 +91,10 @@ class Survivors:
         return found
 
     def _units(self, name: str, gram_XX: Tensor | None) -> Fold:
+        assert gram_XX is not None, "it was watched"
+        gram_MM = less_constant(gram_XX) if self._with_bias(name) else gram_XX
         writer_DM, count = self.teacher.get(name), self.target.intermediate_size
-        if name not in self.felt:
-            assert gram_XX is not None, "it was watched"
-            power_M = gram_XX.diagonal()[: writer_DM.shape[1]]
-            return choose_units(unit_scores(power_M, writer_DM).cpu(), count)
-        if gram_XX is None:
-            return choose_units(self.felt[name], count)
-        return keep_units(gram_XX, self.felt[name], count)
+        return keep_units(gram_MM, writer_DM, count, refitted=self.refitted)
 
     def _heads(self, name: str, gram_XX: Tensor | None) -> dict[str, Fold]:
         writer_DX, heads = self.teacher.get(name), self.source.num_attention_heads

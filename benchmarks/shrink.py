@@ -163,9 +163,10 @@ def main() -> None:
     rows = []
     for share in asked.keep:
         for method in asked.methods:
-            target = target_of(source, share, method, asked.hidden, asked.layers)
             if asked.heads:
                 target = source.sizes.replace(num_attention_heads=asked.heads)
+            else:
+                target = target_of(source, share, method, asked.hidden, asked.layers)
             recipe, stream = RECIPES[method], None
             if target.hidden_size != source.sizes.hidden_size:
                 rotate = method not in ("no_rotation", "magnitude")
@@ -183,14 +184,8 @@ def main() -> None:
                         layers[chosen] = without(asked.leave_out, source.sizes, target)
                     else:
                         layers[chosen] = choose_layers(
-                            Stored(source),
-                            target,
-                            stream,
-                            windows,
-                            Path(folder),
-                            recipe=best,
-                            felt=felt[chosen],
-                        )
+                            Stored(source), target, stream, windows, Path(folder), recipe=best, felt=felt[chosen]
+                        )  # fmt: skip
                         choosing[chosen] = time.perf_counter() - begin - asking[chosen]
                 scores = by_weights(source) if method == "magnitude" else select.unit_scores
                 enough = math.inf if method == "no_surgeon" else reconstruct.ENOUGH

@@ -42,15 +42,22 @@ def by_autograd(source, ids_BT):
     return found
 
 
+def assert_same(found, expected, *, rtol):
+    """For every block, and something in each."""
+    assert found.keys() == expected.keys()
+    for name, felt_H in expected.items():
+        assert felt_H.max() > 0
+        torch.testing.assert_close(found[name], felt_H, rtol=rtol, atol=1e-6 * float(felt_H.max()))
+
+
 @pytest.mark.parametrize(("family", "variant"), pico.CASES, ids=pico.IDS)
 def test_it_is_what_automatic_differentiation_of_the_whole_model_gives(family, variant, tmp_path):
     source = shrinking.make_source(tmp_path / "source", family, variant)
     ids_BT = shrinking.windows().fit[:5]
     found = importance(Walk(Stored(source)), ids_BT, tmp_path)
     expected = by_autograd(source, ids_BT)
-    assert found.keys() == expected.keys()
-    for name, felt in expected.items():
-        torch.testing.assert_close(found[name], felt, rtol=2e-4, atol=1e-6 * float(felt.max()))
+    assert len(expected) == source.sizes.num_hidden_layers
+    assert_same(found, expected, rtol=2e-4)
 
 
 def test_pieces_add_up(tmp_path, monkeypatch):
@@ -58,10 +65,18 @@ def test_pieces_add_up(tmp_path, monkeypatch):
     source = shrinking.make_source(tmp_path / "source", "gpt_neox", "parallel")
     ids_BT = shrinking.windows().fit[:5]
     whole = importance(Walk(Stored(source)), ids_BT, tmp_path)
+    pieces, through, run = [], module._through_block, Walk.logits
     monkeypatch.setattr(module, "PIECE", 2 * ids_BT.shape[1])
     monkeypatch.setattr(module, "positions_at_once", lambda walk: 7)
-    for name, felt in importance(Walk(Stored(source)), ids_BT, tmp_path).items():
-        torch.testing.assert_close(felt, whole[name], rtol=1e-4, atol=1e-6 * float(whole[name].max()))
+    monkeypatch.setattr(
+        module, "_through_block", lambda *given: pieces.append(("block", len(given[2]))) or through(*given)
+    )
+    monkeypatch.setattr(Walk, "logits", lambda *given: pieces.append(("head", len(given[1]))) or run(*given))
+    found = importance(Walk(Stored(source)), ids_BT, tmp_path)
+    assert (
+        pieces == [("head", count) for count in (7, 7, 5)] * 5 + [("block", count) for count in (2, 2, 1)] * 3
+    )
+    assert_same(found, whole, rtol=1e-4)
 
 
 def test_no_windows_feel_nothing(tmp_path):
@@ -70,11 +85,12 @@ def test_no_windows_feel_nothing(tmp_path):
     walk, ids_BT = Walk(Stored(source)), shrinking.windows().fit[:5]
     none = importance(walk, ids_BT[:0], tmp_path)
     found = importance(walk, ids_BT, tmp_path)
-    assert {name: (felt.shape, felt.dtype) for name, felt in none.items()} == {
-        name: (felt.shape, felt.dtype) for name, felt in found.items()
-    }
-    assert not any(felt.any() for felt in none.values())
-    assert all((felt > 0).all() for felt in found.values())
+    assert len(none) == 3
+    assert none.keys() == found.keys()
+    for name, felt_H in found.items():
+        assert (none[name].shape, none[name].dtype) == (felt_H.shape, felt_H.dtype)
+        assert (none[name] == 0).all()
+        assert (felt_H > 0).all()
 
 
 @pytest.fixture
@@ -114,6 +130,23 @@ def test_heads_that_the_loss_does_not_feel_go_first_however_much_they_write(unhe
     assert kept(Recipe(solve=False)) == kept(Recipe(by_loss=False).closed())
 
 
+def test_heads_that_are_constant_go_first_by_norms_where_a_bias_makes_up_for_them(tmp_path):
+    model = pico.make_model("llama", "biases")
+    groups = model.config.num_key_value_heads
+    width = model.config.head_dim
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.v_proj.weight[:width] = 0.0
+            block.self_attn.v_proj.bias[:width] = 9.0
+    source = open_folder(pico.save(model, tmp_path / "constant"))
+    heads = source.sizes.num_attention_heads // groups
+    target = source.sizes.replace(num_attention_heads=heads * (groups - 1), num_key_value_heads=groups - 1)
+    recipe = Recipe(by_loss=False).closed()
+    found = rebuild(Stored(source), target, (0, 1, 2), None, shrinking.windows(), tmp_path, recipe=recipe)
+    kept = [found.base.folds["kv_heads", layer].keep_T.tolist() for layer in range(3)]
+    assert kept == [list(range(1, groups))] * 3
+
+
 def test_gradients_that_are_not_finite_name_the_matrix(tmp_path, monkeypatch):
     source = shrinking.make_source(tmp_path / "source", "llama", "mha")
     monkeypatch.setattr(
@@ -147,8 +180,13 @@ def test_only_beginnings_are_read(tmp_path, monkeypatch):
     source = shrinking.make_source(tmp_path / "source", "llama", "mha")
     ids_BT = shrinking.windows().fit
     some = importance(Walk(Stored(source)), ids_BT[:5, :10], tmp_path)
+    whole = importance(Walk(Stored(source)), ids_BT, tmp_path)
     for name, value in {"_TOKENS": 50, "_SHORTEST": 10}.items():
         monkeypatch.setattr(module, name, value)
     found = importance(Walk(Stored(source)), ids_BT, tmp_path)
-    assert all(torch.equal(felt, some[name]) for name, felt in found.items())
+    assert found.keys() == some.keys() == whole.keys()
+    assert len(found) == 3
+    for name, felt_H in found.items():
+        assert torch.equal(felt_H, some[name])
+        assert not torch.equal(felt_H, whole[name])
     assert {path.name for path in tmp_path.iterdir()} == {"source"}

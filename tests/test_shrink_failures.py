@@ -48,7 +48,13 @@ def out(request, tmp_path) -> Path:
 
 def shrink(source: Path, out: Path, progress: Callable | None = None, **options) -> down.Shrunk:
     checkpoint = open_folder(source)
-    target = checkpoint.sizes.replace(intermediate_size=30, hidden_size=24, num_hidden_layers=2)
+    target = checkpoint.sizes.replace(
+        intermediate_size=30,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     plan = plan_shrink("tiny", checkpoint.family, checkpoint.config, target, samples=8, length=16, **options)
     return down.shrink_checkpoint(checkpoint, plan, out, overwrite=True, device="cpu", progress=progress)
 
@@ -184,8 +190,8 @@ def test_a_number_too_large_for_the_dtype_is_named(out, tmp_path, capsys, monkey
 # ---------------------------------------------------------------- Ctrl-C
 
 LABELS = [
-    "looking for copies", "writing calibration text", "ranking channels", "ranking layers", "comparing layers",
-    "shrinking", "refining", "writing",
+    "looking for copies", "writing calibration text", "ranking channels", "ranking heads", "ranking layers",
+    "comparing layers", "refining", "shrinking", "writing",
 ]  # fmt: skip
 
 
@@ -243,6 +249,18 @@ def test_a_disk_that_fills_is_one_line_and_leaves_everything_as_it_was(
     fill(monkeypatch)
     with nothing_happens(tmp_path):
         line = refused(capsys, source, out, "--overwrite")
+    assert "No space left on device" in line
+    assert line.endswith("free some space and try again")
+
+
+def test_a_disk_without_room_for_the_streams_between_blocks_is_one_line(
+    source, tmp_path, monkeypatch, capsys
+):
+    """They go to a file first where heads are chosen, however much memory there is."""
+    fails(os, "posix_fallocate", FULL_DISK)(monkeypatch)
+    with nothing_happens(tmp_path):
+        heads = ["--num-attention-heads", "2", "--num-key-value-heads", "2"]
+        line = refused(capsys, source, tmp_path / "out", *heads)
     assert "No space left on device" in line
     assert line.endswith("free some space and try again")
 

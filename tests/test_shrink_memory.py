@@ -48,7 +48,8 @@ def peak():
 def shrink(place):
     source = open_folder(place)
     units = source.sizes.intermediate_size * 5 // 32
-    target = source.sizes.replace(hidden_size=source.sizes.hidden_size * 3 // 4, intermediate_size=units)
+    target = source.sizes.replace(hidden_size=source.sizes.hidden_size * 3 // 4, intermediate_size=units,
+                                  num_attention_heads=2, num_key_value_heads=2)
     plan = plan_shrink("m", source.family, source.config, target, samples=32, length=16)
     down.shrink_checkpoint(source, plan, place.with_name(place.name + "-out"), device="cpu")
 
@@ -101,7 +102,13 @@ def test_memory_is_one_block_whatever_the_depth(tmp_path):
 def test_streams_in_files_give_the_same_bytes(family, tmp_path, monkeypatch):
     variant = {"llama": "gqa-tied", "gemma2": "windows-softcaps"}[family]
     source = shrinking.make_source(tmp_path / "source", family, variant)
-    target = source.sizes.replace(intermediate_size=30, hidden_size=24, num_hidden_layers=2)
+    target = source.sizes.replace(
+        intermediate_size=30,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     made = []
 
     def from_file(path, **options):
@@ -116,7 +123,9 @@ def test_streams_in_files_give_the_same_bytes(family, tmp_path, monkeypatch):
         losses[place] = shrinking.down(source, tmp_path / place, target).losses
         once = ["teacher", "ahead", "student", "heads", "heads-anew"]
         expected = once * 3 if place == "files" else []  # two choices of layers are built before the last
-        assert made == expected
+        # Those between blocks, for gradients, are more than the streams that a rebuilding has in memory.
+        assert made == ["between", *expected]
+        made.clear()
     weights = [(tmp_path / place / "model.safetensors").read_bytes() for place in losses]
     assert weights[0] == weights[1]
     assert losses["memory"] == losses["files"]

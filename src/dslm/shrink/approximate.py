@@ -70,16 +70,9 @@ def approximate(
         if felt is None:
             felt = importance_for(Walk(weights, where), target, windows, folder, recipe, progress)
         layers = choose_layers(
-            weights,
-            target,
-            stream,
-            windows,
-            folder,
-            recipe=recipe,
-            felt=felt,
-            device=where,
+            weights, target, stream, windows, folder, recipe=recipe, felt=felt, device=where,
             progress=progress,
-        )
+        )  # fmt: skip
         return rebuild(
             weights, target, layers, stream, windows, folder, recipe=recipe, felt=felt, dtypes=dtypes,
             device=where, progress=progress,

@@ -3,7 +3,7 @@
 Silencing a head changes the loss by about ``-z . g`` at each token, ``z`` what the head gives there and ``g`` the
 loss's gradient with respect to that; the sum of its square over tokens is the importance of Molchanov et al.
 (https://arxiv.org/abs/1906.10771, equation 8), here of activations (``docs/how-it-works.md``, "What stays"). The
-streams between the blocks wait where streams lie, so backwards as forwards one block is in memory at a time.
+streams between the blocks wait in a file if they are large, so backwards as forwards one block is in memory at a time.
 
 Shape letters: B windows, T tokens, N some tokens, D hidden size, L layers, X what heads give, H query heads, V
 vocabulary.
@@ -12,7 +12,7 @@ vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from dslm.shrink.walk import Walk
 _TOKENS, _SHORTEST = 16384, 256
 """So many tokens are read, on each process of a distributed run, an equal part of each window, but so many of a window
 at least."""
+_STREAMS = 3
+"""So many streams of all windows are in memory when blocks are rebuilt. If those between the blocks take more than
+that, they go to a file, so that this pass never is the largest part of a shrink."""
 
 
 def importance(
@@ -40,7 +43,7 @@ def importance(
     Args:
         walk: the model.
         ids_BT: windows, int64; their `beginnings` are read. A process may have none.
-        folder: where streams go for the time being, if they are too large for memory.
+        folder: where the streams between blocks go for the time being, if they are large.
         progress: called with a label, steps done and steps in all.
 
     Returns:
@@ -51,9 +54,13 @@ def importance(
         VerificationError: activations or gradients are not finite.
         OutOfMemoryError: the memory was not enough.
     """
+    sizes = walk.weights.family.dimensions(walk.weights.config)
+    most = _STREAMS * 4 * ids_BT.numel() * sizes["hidden"]
     ids_BT = beginnings(ids_BT)
-    heads = walk.weights.family.dimensions(walk.weights.config)["heads"]
-    felt = {name: torch.zeros(heads, dtype=torch.float64) for name in walk.places if _matters(walk, name)}
+    readers = [
+        n for layer in range(len(walk.blocks)) for n in walk.linears(layer).values() if reads_heads(walk, n)
+    ]
+    felt = {name: torch.zeros(sizes["heads"], dtype=torch.float64) for name in readers}
     if len(ids_BT):
         with (
             enough_memory(
@@ -62,7 +69,8 @@ def importance(
             ),
             tempfile.TemporaryDirectory(dir=folder) as room,
         ):
-            _add(felt, walk, ids_BT, Path(room), progress)
+            shape = (len(walk.blocks) + 1, *ids_BT.shape, sizes["hidden"])
+            _add(felt, walk, ids_BT, empty_stream(shape, Path(room), "between", most=most), progress)
     for name, felt_H in felt.items():
         if not torch.isfinite(sum_over_processes(felt_H)).all():
             raise VerificationError(
@@ -79,16 +87,11 @@ def beginnings(ids_BT: Tensor) -> Tensor:
     return ids_BT[: _TOKENS // read, :read].contiguous()
 
 
-def _matters(walk: Walk, name: str) -> bool:
-    line = walk.places[name].line
-    return line.layer is not None and len(line.shape) == 2 and reads_heads(walk, name)
-
-
 @torch.no_grad()
 def _add(
-    felt: Mapping[str, Tensor], walk: Walk, ids_BT: Tensor, folder: Path, progress: Progress | None
+    felt: Mapping[str, Tensor], walk: Walk, ids_BT: Tensor, between_LBTD: Tensor, progress: Progress | None
 ) -> None:
-    """Add what the loss of some windows feels."""
+    """Add what the loss of some windows feels; there is room for the streams before each block and behind the last."""
     pieces = torch.split(torch.arange(len(ids_BT)), max(1, PIECE // ids_BT.shape[1]))
     layers = len(walk.blocks)
 
@@ -96,7 +99,13 @@ def _add(
         if progress is not None:
             progress("ranking heads", number, 2 * layers)
 
-    between_LBTD = _forwards(walk, ids_BT, pieces, folder, step)
+    walk.embed(ids_BT, between_LBTD[0])
+    for layer in range(layers):
+        with walk.block(layer):
+            for some in pieces:
+                out_BTD = walk.run(layer, between_LBTD[layer, some].to(walk.device))
+                between_LBTD[layer + 1, some] = out_BTD.cpu()
+        step(layer + 1)
     gradient_BTD = between_LBTD[layers]  # in the room of what it is the gradient of
     with walk.head():
         for some in pieces:
@@ -110,22 +119,6 @@ def _add(
                 for name, felt_H in found.items():
                     felt[name].add_(felt_H)
         step(2 * layers - layer)
-
-
-def _forwards(
-    walk: Walk, ids_BT: Tensor, pieces: Sequence[Tensor], folder: Path, step: Callable[[int], None]
-) -> Tensor:
-    """The stream before each block and behind the last, ``[L + 1, B, T, D]``."""
-    layers, width = len(walk.blocks), walk.weights.family.dimensions(walk.weights.config)["hidden"]
-    between_LBTD = empty_stream((layers + 1, *ids_BT.shape, width), folder, "between")
-    walk.embed(ids_BT, between_LBTD[0])
-    for layer in range(layers):
-        with walk.block(layer):
-            for some in pieces:
-                out_BTD = walk.run(layer, between_LBTD[layer, some].to(walk.device))
-                between_LBTD[layer + 1, some] = out_BTD.cpu()
-        step(layer + 1)
-    return between_LBTD
 
 
 def _through_head(walk: Walk, end_BTD: Tensor, ids_BT: Tensor) -> Tensor:
@@ -150,7 +143,7 @@ def _through_block(
     reads: dict[str, Tensor] = {}
     handles = []
     for module, name in walk.linears(layer).items():
-        if _matters(walk, name):
+        if reads_heads(walk, name):
 
             def keep(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 reads[name] = args[0]

@@ -209,13 +209,12 @@ def importance_for(
     Arguments as of `rebuild`; the teacher is that of its source. Names of writers -> as of `importance`.
     """
     sizes = Sizes.from_config(teacher.weights.family, teacher.weights.config)
-    heads = sizes.num_attention_heads, sizes.num_key_value_heads
-    if not (recipe.solve and recipe.by_loss) or heads == (
-        target.num_attention_heads,
-        target.num_key_value_heads,
-    ):
-        return {}
-    return importance(teacher, windows.fit, folder, progress)
+    asks = recipe.solve and recipe.by_loss and _heads(sizes) != _heads(target)
+    return importance(teacher, windows.fit, folder, progress) if asks else {}
+
+
+def _heads(sizes: Sizes) -> tuple[int, int]:
+    return sizes.num_attention_heads, sizes.num_key_value_heads
 
 
 def _embedded(walk: Walk, ids_BT: Tensor, folder: Path, name: str) -> Tensor:

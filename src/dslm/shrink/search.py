@@ -147,9 +147,8 @@ def predict(known: Capture, sizes: Sizes, *, solve: bool = True) -> float:
 class _Builder:
     """Builds shapes as ``down`` does, on few windows, and measures their loss.
 
-    Attributes:
-        felt: what the loss feels of the model that all are built from, once a shape has needed that; arguments of
-            `search` else.
+    Attributes as the arguments of `search`, and:
+        felt: what the loss feels of the model's heads, once a shape that loses some was built.
     """
 
     weights: Stored

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 IN_MEMORY = 2_000_000_000
-"""Bytes of a stream, or of those that are needed at once, above which they lie in a file instead."""
+"""Bytes of a stream, or of several that are needed at once, above which they lie in a file instead."""
 BATCH_TOKENS = 4096
 
 
@@ -60,16 +60,17 @@ class Streams:
             yield one, False
 
 
-def empty_stream(shape: tuple[int, ...], folder: Path, name: str) -> Tensor:
+def empty_stream(shape: tuple[int, ...], folder: Path, name: str, *, most: float = math.inf) -> Tensor:
     """Room for a stream, or for several, in float32.
 
     Args:
         shape: ``[windows, tokens, hidden size]``, and what may be before that.
         folder: where a file may go.
         name: the file's name.
+        most: bytes above which it goes there, even below `IN_MEMORY`.
     """
     count = math.prod(shape)
-    if count * 4 <= IN_MEMORY:
+    if count * 4 <= min(IN_MEMORY, most):
         return torch.empty(shape)
     if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later it would kill the process
         with (folder / name).open("wb") as file:

@@ -1,6 +1,6 @@
 """Choosing the FFN units and heads of one block that stay, on the way while the teacher's block runs.
 
-Shape letters: N tokens, D hidden size, X what a writer reads, M FFN units.
+Shape letters: N tokens, D hidden size, X what a writer reads, M FFN units, H query heads.
 """
 
 from __future__ import annotations
@@ -82,28 +82,25 @@ class Survivors:
         """The choice, by dimension; all processes of a distributed run come to the same."""
         found: dict[str, Fold] = {}
         for name in self._cut():
-            moments = self._moments.pop(name, None)
-            gram_XX = None if moments is None else moments.summed().gram_XX
             if reads_heads(self.teacher, name):
-                found |= self._heads(name, gram_XX)
+                found |= self._heads(name)
             else:
-                found["intermediate"] = self._units(name, gram_XX)
+                gram_MM, count = self._gram(name), self.target.intermediate_size
+                kept = keep_units(gram_MM, self.teacher.get(name), count, refitted=self.refitted)
+                found["intermediate"] = kept
         return found
 
-    def _units(self, name: str, gram_XX: Tensor | None) -> Fold:
-        assert gram_XX is not None, "it was watched"
-        gram_MM = less_constant(gram_XX) if self._with_bias(name) else gram_XX
-        writer_DM, count = self.teacher.get(name), self.target.intermediate_size
-        return keep_units(gram_MM, writer_DM, count, refitted=self.refitted)
+    def _gram(self, name: str) -> Tensor:
+        """The second moment of what a watched writer reads, less what its bias makes up for."""
+        gram_XX = self._moments.pop(name).summed().gram_XX
+        return less_constant(gram_XX) if self._with_bias(name) else gram_XX
 
-    def _heads(self, name: str, gram_XX: Tensor | None) -> dict[str, Fold]:
-        writer_DX, heads = self.teacher.get(name), self.source.num_attention_heads
+    def _heads(self, name: str) -> dict[str, Fold]:
         if name in self.felt:
             scores_H = self.felt[name].sqrt()
         else:
-            assert gram_XX is not None, "it was watched"
-            width = writer_DX.shape[1]
-            scores_H = head_scores(gram_XX[:width, :width], writer_DX, heads).cpu()
+            heads = self.source.num_attention_heads
+            scores_H = head_scores(self._gram(name), self.teacher.get(name), heads).cpu()
         return choose_heads(
             scores_H,
             self.source.num_key_value_heads,

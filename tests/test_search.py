@@ -68,7 +68,7 @@ def test_shapes_that_are_built_differ_in_more_than_their_ffn(llama):
     assert len(set(built)) == len(built) > 1
 
 
-def test_the_loss_is_asked_once_for_all_shapes_and_not_by_one_that_keeps_its_heads(llama, monkeypatch):
+def test_the_loss_is_asked_once_for_all_shapes_and_not_by_one_that_only_loses_layers(llama, monkeypatch):
     asked, answer = [], rebuild_module.importance
     monkeypatch.setattr(rebuild_module, "importance", lambda *given: asked.append(1) or answer(*given))
     builder = search_module._Builder(llama, shrinking.windows(), Recipe().closed(), "cpu", None, None)
@@ -76,7 +76,7 @@ def test_the_loss_is_asked_once_for_all_shapes_and_not_by_one_that_keeps_its_hea
     for change, times in (
         ({"num_hidden_layers": 2}, 0),
         (one_group, 1),
-        (one_group | {"intermediate_size": 30}, 1),
+        ({"intermediate_size": 30}, 1),
     ):
         builder.built(search_module.Scored(llama.checkpoint.sizes.replace(**change), 0, 0.0))
         assert len(asked) == times

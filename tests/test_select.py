@@ -1,4 +1,4 @@
-"""Which units stay when the others are refitted: backward elimination against brute force in float64."""
+"""Which units and heads stay when the others are refitted: backward elimination against brute force in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dslm.shrink import select
-from dslm.shrink.select import less_constant, surviving_units, unit_scores
+from dslm.shrink.select import less_constant, surviving_heads, surviving_units, unit_scores
 
 DAMPING = 0.1
 
@@ -109,3 +109,68 @@ def test_units_that_hardly_vary_go_first_where_a_bias_makes_up_for_them():
     with_one = torch.cat([x_NM, torch.ones(200, 1)], dim=1).double()
     left = surviving_units(less_constant(with_one.T @ with_one), torch.randn(3, 8, generator=generator), 5)
     assert left.tolist() == [0, 2, 3, 4, 7]
+
+
+def head_cost(gram_XX, writer_DX, price_H, gone, kept):
+    """What some heads cost that the others leave of them, by regression of their features on the others'."""
+    whole_XX = gram_XX + DAMPING * torch.diag(gram_XX.diagonal())
+    root_XX, width = torch.linalg.cholesky(whole_XX).T, len(gram_XX) // len(price_H)
+    own, others = (
+        torch.cat([torch.arange(h * width, (h + 1) * width) for h in some]) for some in (gone, kept)
+    )
+    left = (
+        root_XX[:, own]
+        - root_XX[:, others] @ torch.linalg.lstsq(root_XX[:, others], root_XX[:, own]).solution
+    )
+    price_X = price_H.sqrt().repeat_interleave(width)
+    return float(((left * price_X[own]) @ writer_DX[:, own].double().T).square().sum())
+
+
+def heads_one_by_one(gram_XX, writer_DX, price_H, kv_heads, target_heads, target_kv):
+    group = len(price_H) // kv_heads
+    left = list(range(len(price_H)))
+    while len(left) > kv_heads * target_heads // target_kv:
+        counts = [sum(head // group == k for head in left) for k in range(kv_heads)]
+        free = [head for head in left if counts[head // group] > target_heads // target_kv]
+        left.remove(
+            min(free, key=lambda h: head_cost(gram_XX, writer_DX, price_H, [h], [k for k in left if k != h]))
+        )
+    while len(left) > target_heads:
+        groups = {
+            k: [head for head in left if head // group == k] for k in sorted({h // group for h in left})
+        }
+        costs = {
+            k: head_cost(gram_XX, writer_DX, price_H, own, [head for head in left if head not in own])
+            for k, own in groups.items()
+        }
+        left = [head for head in left if head not in groups[min(costs, key=costs.get)]]
+    return left
+
+
+@pytest.mark.parametrize("numbers", [(4, 8, 4), (4, 4, 4), (4, 6, 2), (4, 2, 2), (2, 6, 2), (12, 5, 5)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_heads_go_in_the_order_of_brute_force(numbers, seed):
+    gram_XX, writer_DX = draw(36, 5, seed=seed)
+    price_H = torch.rand(12, generator=torch.Generator().manual_seed(seed)).double()
+    found = surviving_heads(gram_XX.clone(), writer_DX, price_H, *numbers)
+    left = heads_one_by_one(gram_XX, writer_DX, price_H, *numbers)
+    assert found["heads"].keep_T.tolist() == left
+    assert found["kv_heads"].keep_T.tolist() == sorted({head // (12 // numbers[0]) for head in left})
+
+
+def test_of_two_equal_heads_one_stays():
+    """Though what the others leave of each is little while both are there."""
+    generator = torch.Generator().manual_seed(0)
+    x_NX, writer_DX = torch.randn(400, 24, generator=generator), torch.randn(6, 24, generator=generator)
+    gram_XX, twins = (x_NX.T @ x_NX).double(), torch.arange(24)
+    twins[18:21] = torch.arange(3)  # of eight heads in two groups the first and the seventh
+    price_H = torch.tensor([4.0, 1, 1, 1, 1, 1, 4, 1]).double()
+    found = surviving_heads(gram_XX[twins][:, twins], writer_DX[:, twins], price_H, 2, 6, 2)
+    assert len({0, 6} & set(found["heads"].keep_T.tolist())) == 1
+
+
+def test_heads_without_a_price_go_first():
+    gram_XX, writer_DX = draw(24, 6)
+    price_H = torch.tensor([1.0, 1, 0, 1, 0, 1, 1, 1]).double()
+    found = surviving_heads(gram_XX, writer_DX, price_H, 2, 6, 2)
+    assert found["heads"].keep_T.tolist() == [0, 1, 3, 5, 6, 7]

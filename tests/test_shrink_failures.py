@@ -190,7 +190,7 @@ def test_a_number_too_large_for_the_dtype_is_named(out, tmp_path, capsys, monkey
 # ---------------------------------------------------------------- Ctrl-C
 
 LABELS = [
-    "looking for copies", "writing calibration text", "ranking channels", "ranking heads", "ranking layers",
+    "looking for copies", "writing calibration text", "ranking channels", "measuring gradients", "ranking layers",
     "comparing layers", "refining", "shrinking", "writing",
 ]  # fmt: skip
 
@@ -209,7 +209,11 @@ def test_ctrl_c_leaves_everything_as_it_was(label, late, out, source, tmp_path):
 def test_all_steps_are_reported(source, tmp_path):
     seen: dict[str, int] = {}
     shrink(source, tmp_path / "out", lambda label, done, total: seen.update({label: done}))
-    assert list(seen) == LABELS
+    middle = [
+        label for label in seen if label not in ("refining", "shrinking")
+    ]  # which of them first hangs on the gap
+    assert middle == LABELS[:6] + LABELS[8:]
+    assert set(seen) == set(LABELS)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "source"}
 
 

@@ -122,9 +122,10 @@ def test_streams_in_files_give_the_same_bytes(family, tmp_path, monkeypatch):
         monkeypatch.setattr(streams, "IN_MEMORY", limit)
         losses[place] = shrinking.down(source, tmp_path / place, target).losses
         once = ["teacher", "ahead", "student", "heads", "heads-anew"]
+        # The streams for gradients are more than those that a rebuilding has in memory, and go to a file anyway.
+        gradients = ["metrics", "between"] if place == "files" else ["between"]
         expected = once * 3 if place == "files" else []  # two choices of layers are built before the last
-        # Those between blocks, for gradients, are more than the streams that a rebuilding has in memory.
-        assert made == ["between", *expected]
+        assert made == gradients + expected
         made.clear()
     weights = [(tmp_path / place / "model.safetensors").read_bytes() for place in losses]
     assert weights[0] == weights[1]

@@ -204,17 +204,17 @@ def importance_for(
     recipe: Recipe,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """What the loss feels of a model's heads; nothing where none go, or the recipe looks at norms alone.
+    """What matters to what a model says; nothing where no units or heads go, or the recipe looks at norms alone.
 
-    Arguments as of `rebuild`; the teacher is that of its source. Names of writers -> as of `importance`.
+    Arguments as of `rebuild`; the teacher is that of its source. The result is as of `importance`.
     """
     sizes = Sizes.from_config(teacher.weights.family, teacher.weights.config)
-    asks = recipe.solve and recipe.by_loss and _heads(sizes) != _heads(target)
+    asks = recipe.solve and recipe.by_kl and _insides(sizes) != _insides(target)
     return importance(teacher, windows.fit, folder, progress) if asks else {}
 
 
-def _heads(sizes: Sizes) -> tuple[int, int]:
-    return sizes.num_attention_heads, sizes.num_key_value_heads
+def _insides(sizes: Sizes) -> tuple[int, int, int]:
+    return sizes.intermediate_size, sizes.num_attention_heads, sizes.num_key_value_heads
 
 
 def _embedded(walk: Walk, ids_BT: Tensor, folder: Path, name: str) -> Tensor:

@@ -45,8 +45,7 @@ class Rebuilder:
         source: the teacher's sizes.
         target: the student's sizes.
         recipe: how blocks are rebuilt.
-        felt: what the loss feels of the heads that a writer of the teacher reads, by its name; empty where norms
-            choose.
+        felt: what `dslm.shrink.importance` gave for the teacher; empty where norms choose.
         teacher_memo: what the teacher's attention makes of each window, for the block at hand.
         student_memo: the same of the student's, once the matrices before it are solved.
         dtypes: the student's tensor -> what it is kept in; empty for float32.

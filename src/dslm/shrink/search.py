@@ -148,7 +148,7 @@ class _Builder:
     """Builds shapes as ``down`` does, on few windows, and measures their loss.
 
     Attributes as the arguments of `search`, and:
-        felt: what the loss feels of the model's heads, once a shape that loses some was built.
+        felt: what matters to what the model says, once a shape that loses units or heads was built.
     """
 
     weights: Stored
@@ -178,7 +178,7 @@ class _Builder:
         return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)
 
     def _felt(self, target: Sizes, windows: Windows, room: Path) -> Mapping[str, Tensor]:
-        if not self.felt:  # a shape that keeps its heads does not ask
+        if not self.felt:  # a shape that only loses layers does not ask
             walk = Walk(self.weights, walking_device(self.device))
             self.felt = importance_for(walk, target, windows, room, self.recipe, self.progress)
         return self.felt

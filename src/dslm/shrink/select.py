@@ -2,11 +2,12 @@
 
 Where nothing is refitted the score of a unit is the root mean square of its activation times the norm of the column
 that writes it ("activation norm times column norm"), the magnitudes of Minitron (arXiv 2407.14679, section 3) with the
-writer's side put in. Where columns are refitted, units go one by one, each time the one that costs least once the
-others have made up for it: the optimal brain surgeon (Hassibi and Stork 1992, "Second order derivatives for network
-pruning") with a unit's column in place of a weight. The score of a head is what the loss feels of it
-(`dslm.shrink.importance`), or the root mean square of what it adds to the stream. Tokens may be weighted, and where a
-bias makes up for the mean only what varies counts.
+writer's side put in; that of a head is the root mean square of what it adds to the stream. Where columns are refitted,
+units and heads go one by one, each time what costs least once the others have made up for it: the optimal brain surgeon
+(Hassibi and Stork 1992, "Second order derivatives for network pruning") with a unit's column, or a head's columns, in
+place of a weight. What that costs is told by what the model says (`dslm.shrink.importance`): of a unit by the metric
+that columns are given in, of a head by a price. Tokens may be weighted, and where a bias makes up for the mean only
+what varies counts.
 
 Shape letters: M FFN units, P units looked at, J units that go, H query heads, K key-value heads, G query heads of one
 key-value head, D stream, X what a writer reads.
@@ -155,6 +156,53 @@ def choose_heads(scores_H: Tensor, kv_heads: int, target_heads: int, target_kv: 
     within = best_KG.indices[groups].sort(dim=1).values
     heads = (groups[:, None] * group + within).flatten()
     return {"heads": select(heads, len(scores_H)), "kv_heads": select(groups, kv_heads)}
+
+
+def surviving_heads(
+    gram_XX: Tensor, writer_DX: Tensor, price_H: Tensor, kv_heads: int, target_heads: int, target_kv: int
+) -> dict[str, Fold]:
+    """Keep whole key-value groups, and in each as many query heads, if those that stay are refitted.
+
+    What the others leave of some heads is the inverse of their part of ``(gram + damping)^-1``. In each group the heads
+    go first that cost least, one by one over all groups, and then whole groups.
+
+    Args:
+        gram_XX: second moment of what the heads give, of any scale, in float64; it is overwritten.
+        writer_DX: the output projection.
+        price_H: what is lost per square, of what a head adds to the stream, that is left of it; of any scale.
+        kv_heads: K.
+        target_heads: query heads to keep.
+        target_kv: key-value heads to keep; it divides ``target_heads``.
+
+    Returns:
+        Folds of ``heads`` and ``kv_heads``.
+    """
+    heads, inverse_XX = len(price_H), _damped_inverse(gram_XX)
+    price_X = price_H.repeat_interleave(len(inverse_XX) // heads).to(writer_DX.device)
+    columns_DX = writer_DX.double() * price_X.sqrt()
+    groups = {k: [k * heads // kv_heads + i for i in range(heads // kv_heads)] for k in range(kv_heads)}
+    numbers = torch.arange(len(inverse_XX), device=inverse_XX.device).view(heads, -1)
+
+    def cost(gone: list[int]) -> float:
+        own_X = numbers[gone].flatten()
+        left_XX = torch.linalg.inv(inverse_XX[own_X][:, own_X])
+        return float((columns_DX[:, own_X] @ left_XX).mul_(columns_DX[:, own_X]).sum())
+
+    def remove(gone: list[int]) -> None:
+        own_X = numbers[gone].flatten()
+        share = torch.linalg.solve(inverse_XX[own_X][:, own_X], inverse_XX[own_X])
+        inverse_XX.addmm_(inverse_XX[:, own_X], share, alpha=-1.0)
+
+    while wide := {k: own for k, own in groups.items() if len(own) > target_heads // target_kv}:
+        group, head = min(
+            ((k, head) for k, own in wide.items() for head in own), key=lambda kh: cost([kh[1]])
+        )
+        groups[group].remove(head)
+        remove([head])
+    while len(groups) > target_kv:
+        remove(groups.pop(min(groups, key=lambda k: cost(groups[k]))))
+    kept = torch.tensor([head for own in groups.values() for head in own])
+    return {"heads": select(kept, heads), "kv_heads": select(torch.tensor(list(groups)), kv_heads)}
 
 
 def choose_channels(scores_D: Tensor, power_D: Tensor, count: int) -> Fold:

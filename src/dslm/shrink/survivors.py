@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dslm.shrink.fold import Fold
-from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant
+from dslm.shrink.select import choose_heads, head_scores, keep_units, less_constant, surviving_heads
 from dslm.shrink.solve import Moments
 from dslm.shrink.streams import token_weights
 from dslm.shrink.tap import bias_of, reads_heads, with_one
@@ -28,7 +29,7 @@ class Survivors:
         source: its sizes.
         target: the sizes to reach.
         writers: names of the block's matrices that write the stream.
-        felt: what the loss feels of heads, by the name of the writer that reads them; nothing where norms choose.
+        felt: what `dslm.shrink.importance` gave; nothing where norms choose.
         refitted: whether columns are refitted, on tokens enough to tell what the others make up for.
         weigh_tokens: whether tokens with a large stream count less in that.
     """
@@ -45,7 +46,7 @@ class Survivors:
     def __post_init__(self) -> None:
         self._moments = {}
         for name in self._cut():
-            if name not in self.felt:
+            if self.refitted or not (reads_heads(self.teacher, name) and name in self.felt):
                 features = self.teacher.get(name).shape[1] + int(self._with_bias(name))
                 self._moments[name] = Moments.zero(features, 0, self.teacher.device)
 
@@ -86,24 +87,41 @@ class Survivors:
                 found |= self._heads(name)
             else:
                 gram_MM, count = self._gram(name), self.target.intermediate_size
-                kept = keep_units(gram_MM, self.teacher.get(name), count, refitted=self.refitted)
-                found["intermediate"] = kept
+                found["intermediate"] = keep_units(
+                    gram_MM, self._columns(name), count, refitted=self.refitted
+                )
         return found
+
+    def _columns(self, name: str) -> Tensor:
+        """What each unit writes, ``[D, M]``, as long as what the model says feels it, where that is known."""
+        columns_DM = self.teacher.get(name)
+        if name not in self.felt:
+            return columns_DM
+        metric_DD = self.felt[name].to(columns_DM.device, torch.float64)
+        root_DD: Tensor = torch.linalg.cholesky(metric_DD)
+        return root_DD.T @ columns_DM.double()
 
     def _gram(self, name: str) -> Tensor:
         """The second moment of what a watched writer reads, less what its bias makes up for."""
-        gram_XX = self._moments.pop(name).summed().gram_XX
+        return self._less_bias(name, self._moments.pop(name).summed().gram_XX)
+
+    def _less_bias(self, name: str, gram_XX: Tensor) -> Tensor:
         return less_constant(gram_XX) if self._with_bias(name) else gram_XX
 
     def _heads(self, name: str) -> dict[str, Fold]:
-        if name in self.felt:
-            scores_H = self.felt[name].sqrt()
-        else:
-            heads = self.source.num_attention_heads
-            scores_H = head_scores(self._gram(name), self.teacher.get(name), heads).cpu()
-        return choose_heads(
-            scores_H,
+        writer_DX, heads = self.teacher.get(name), self.source.num_attention_heads
+        numbers = (
             self.source.num_key_value_heads,
             self.target.num_attention_heads,
             self.target.num_key_value_heads,
         )
+        if name not in self.felt:
+            return choose_heads(head_scores(self._gram(name), writer_DX, heads).cpu(), *numbers)
+        felt_H = self.felt[name]
+        if not self.refitted:
+            return choose_heads(felt_H.sqrt(), *numbers)
+        gram_XX = self._moments.pop(name).summed().gram_XX
+        features = writer_DX.shape[1]
+        power_H = head_scores(gram_XX[:features, :features], writer_DX, heads).square().cpu()
+        price_H = felt_H / power_H.clamp_min(torch.finfo(torch.float64).tiny)
+        return surviving_heads(self._less_bias(name, gram_XX), writer_DX, price_H, *numbers)

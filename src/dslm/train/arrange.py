@@ -45,7 +45,7 @@ def _intervals(asked: Training, steps: int) -> tuple[int, int, int]:
 
     There is a checkpoint before the last one: where the output cannot be written the run goes on from there.
     """
-    evaluate = min(asked.eval_every or max(1, steps // 10), steps)
+    evaluate = min(asked.eval_every or ceil(steps / 10), steps)
     save = asked.save_every or evaluate
     save = save if save < steps else max(1, steps // 2)
     common = gcd(evaluate, save)

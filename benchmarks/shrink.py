@@ -45,7 +45,7 @@ RECIPES = {
     "reconstruct": Recipe(),
     "refine": Recipe(refine=100),
     "closed_form": Recipe().closed(),
-    "by_norms": Recipe(by_kl=False).closed(),
+    "by_norms": Recipe(by_loss=False).closed(),
     "no_surgeon": Recipe().closed(),
     "no_readers": Recipe(readers=False).closed(),
     "no_drift": Recipe(drift=False).closed(),
@@ -196,9 +196,9 @@ def main() -> None:
                     begin = time.perf_counter()
                     found = rebuild(
                         Stored(source), target, layers[chosen], stream, windows, Path(folder), recipe=recipe,
-                        felt=felt[chosen] if recipe.by_kl else {},
+                        felt=felt[chosen] if recipe.by_loss else {},
                     )  # fmt: skip
-                    seconds = time.perf_counter() - begin + asking[chosen] * recipe.by_kl
+                    seconds = time.perf_counter() - begin + asking[chosen] * recipe.by_loss
                 passes = None
                 if not asked.untimed:
                     passes = sum(forward_seconds(weights, windows.all) for weights in (Stored(source), found))

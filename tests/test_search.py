@@ -68,15 +68,17 @@ def test_shapes_that_are_built_differ_in_more_than_their_ffn(llama):
     assert len(set(built)) == len(built) > 1
 
 
-def test_the_loss_is_asked_once_for_all_shapes_and_not_by_one_that_only_loses_layers(llama, monkeypatch):
+def test_the_loss_is_asked_once_for_all_shapes_and_not_by_one_that_only_loses_layers(
+    llama, tmp_path, monkeypatch
+):
     asked, answer = [], rebuild_module.importance
     monkeypatch.setattr(rebuild_module, "importance", lambda *given: asked.append(1) or answer(*given))
-    builder = search_module._Builder(llama, shrinking.windows(), Recipe().closed(), "cpu", None, None)
+    builder = search_module._Builder(llama, shrinking.windows(), Recipe().closed(), "cpu", tmp_path, None)
     one_group = {"num_attention_heads": 2, "num_key_value_heads": 1}
     for change, times in (
         ({"num_hidden_layers": 2}, 0),
-        (one_group, 1),
         ({"intermediate_size": 30}, 1),
+        (one_group, 1),
     ):
         builder.built(search_module.Scored(llama.checkpoint.sizes.replace(**change), 0, 0.0))
         assert len(asked) == times

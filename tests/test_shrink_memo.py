@@ -37,7 +37,7 @@ def test_attention_runs_once_for_each_window(family, variant, tmp_path, monkeypa
 
     def rebuilt(name: str) -> dict[str, torch.Tensor]:
         (tmp_path / name).mkdir()
-        recipe = Recipe(by_kl=False).closed()  # asking what matters takes passes of its own
+        recipe = Recipe(by_loss=False).closed()  # asking what matters takes passes of its own
         found = rebuild.rebuild(Stored(source), target, layers, None, windows, tmp_path / name, recipe=recipe)
         return {key: found.read(key) for key in found.files}
 

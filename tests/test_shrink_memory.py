@@ -125,7 +125,9 @@ def test_streams_in_files_give_the_same_bytes(family, tmp_path, monkeypatch):
         # The streams for gradients are more than those that a rebuilding has in memory, and go to a file anyway.
         gradients = ["metrics", "between"] if place == "files" else ["between"]
         expected = once * 3 if place == "files" else []  # two choices of layers are built before the last
-        assert made == gradients + expected
+        assert [
+            name.partition("-")[0] if "metrics" in name else name for name in made
+        ] == gradients + expected
         made.clear()
     weights = [(tmp_path / place / "model.safetensors").read_bytes() for place in losses]
     assert weights[0] == weights[1]

@@ -17,6 +17,8 @@ import calling
 import training
 from calling import one_line
 from dslm.errors import DslmError, VerificationError
+from dslm.train.arrange import _intervals
+from dslm.train.settings import Training
 from dslm.train.watch import Watch
 from training import QUICK, metrics
 
@@ -197,3 +199,9 @@ def test_a_run_does_not_go_on_with_another_number_of_processes(call, model, data
     (run / "run.json").write_text(json.dumps(asked | {"processes": 2}))
     code, _, err = call(*options, "--resume")
     assert (code, "processes was 2 and is 1" in err) == (1, True)
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 11, 19, 25, 99, 1000])
+def test_a_run_evaluates_ten_times_at_most_and_not_much_less_often(steps):
+    _, evaluate, _ = _intervals(Training(data=("text",)), steps)
+    assert min(steps, 6) <= math.ceil(steps / evaluate) <= 10

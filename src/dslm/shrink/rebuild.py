@@ -204,12 +204,12 @@ def importance_for(
     recipe: Recipe,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """What matters to what a model says; nothing where no units or heads go, or the recipe looks at norms alone.
+    """What the loss feels in a model's blocks; nothing where no units or heads go, or the recipe looks at norms alone.
 
     Arguments as of `rebuild`; the teacher is that of its source. The result is as of `importance`.
     """
     sizes = Sizes.from_config(teacher.weights.family, teacher.weights.config)
-    asks = recipe.solve and recipe.by_kl and _insides(sizes) != _insides(target)
+    asks = recipe.solve and recipe.by_loss and _insides(sizes) != _insides(target)
     return importance(teacher, windows.fit, folder, progress) if asks else {}
 
 

@@ -13,7 +13,7 @@ class Recipe:
 
     Attributes:
         solve: re-read by least squares; without it what stays is only cut out (the slicing baseline).
-        by_kl: choose units and heads by what the model says, if something is solved; otherwise by norms.
+        by_loss: choose units and heads by what the loss feels, if something is solved; otherwise by norms.
         readers: refit matrices that read the stream too.
         drift: let writers aim at the teacher's stream, and not only at what its block adds.
         weigh_tokens: weight each token by one over the mean square of the stream.
@@ -24,7 +24,7 @@ class Recipe:
     """
 
     solve: bool = True
-    by_kl: bool = True
+    by_loss: bool = True
     readers: bool = True
     drift: bool = True
     weigh_tokens: bool = True

@@ -115,8 +115,9 @@ def search(
     for shape in shapes:
         best.setdefault(shape.sizes.replace(intermediate_size=0), shape)
     chosen = list(best.values())[:build]
-    builder = _Builder(weights, windows, recipe, device, folder, progress)
-    built = [builder.built(shape) for shape in chosen]
+    with tempfile.TemporaryDirectory(prefix=".dslm.", dir=folder) as room:
+        builder = _Builder(weights, windows, recipe, device, Path(room), progress)
+        built = [builder.built(shape) for shape in chosen]
     built.sort(key=lambda s: math.inf if s.measured is None or math.isnan(s.measured) else s.measured)
     return built + [shape for shape in shapes if shape not in chosen]
 
@@ -148,14 +149,14 @@ class _Builder:
     """Builds shapes as ``down`` does, on few windows, and measures their loss.
 
     Attributes as the arguments of `search`, and:
-        felt: what matters to what the model says, once a shape that loses units or heads was built.
+        felt: what the loss feels in the model, once a shape that loses units or heads was built.
     """
 
     weights: Stored
     windows: Windows
     recipe: Recipe
     device: str
-    folder: Path | None
+    folder: Path
     progress: Progress | None
     felt: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -169,16 +170,16 @@ class _Builder:
             return replace(shape, measured=loss, layers=tuple(range(before.num_hidden_layers)))
         check_groups(before, target, reduced.family, reduced.config)
         windows = Windows(self.windows.fit[:FIT], self.windows.held_out[:HELD_OUT], {})
-        with tempfile.TemporaryDirectory(prefix=".dslm.", dir=self.folder) as room:
-            felt = self._felt(target, windows, Path(room)) if reduced is self.weights else None
+        felt = self._felt(target, windows) if reduced is self.weights else None
+        with tempfile.TemporaryDirectory(dir=self.folder) as room:
             found = approximate(
                 reduced, target, windows, Path(room), recipe=self.recipe, felt=felt, device=self.device,
                 progress=self.progress,
             )  # fmt: skip
         return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)
 
-    def _felt(self, target: Sizes, windows: Windows, room: Path) -> Mapping[str, Tensor]:
+    def _felt(self, target: Sizes, windows: Windows) -> Mapping[str, Tensor]:
         if not self.felt:  # a shape that only loses layers does not ask
             walk = Walk(self.weights, walking_device(self.device))
-            self.felt = importance_for(walk, target, windows, room, self.recipe, self.progress)
+            self.felt = importance_for(walk, target, windows, self.folder, self.recipe, self.progress)
         return self.felt

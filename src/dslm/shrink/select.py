@@ -5,9 +5,9 @@ that writes it ("activation norm times column norm"), the magnitudes of Minitron
 writer's side put in; that of a head is the root mean square of what it adds to the stream. Where columns are refitted,
 units and heads go one by one, each time what costs least once the others have made up for it: the optimal brain surgeon
 (Hassibi and Stork 1992, "Second order derivatives for network pruning") with a unit's column, or a head's columns, in
-place of a weight. What that costs is told by what the model says (`dslm.shrink.importance`): of a unit by the metric
-that columns are given in, of a head by a price. Tokens may be weighted, and where a bias makes up for the mean only
-what varies counts.
+place of a weight. What that costs is told by the loss (`dslm.shrink.importance`): of a unit by the metric that columns
+are given in, of a head by a price. Tokens may be weighted, and where a bias makes up for the mean only what varies
+counts.
 
 Shape letters: M FFN units, P units looked at, J units that go, H query heads, K key-value heads, G query heads of one
 key-value head, D stream, X what a writer reads.

@@ -93,7 +93,7 @@ class Survivors:
         return found
 
     def _columns(self, name: str) -> Tensor:
-        """What each unit writes, ``[D, M]``, as long as what the model says feels it, where that is known."""
+        """What each unit writes, ``[D, M]``, as long as the loss feels it, where that is known."""
         columns_DM = self.teacher.get(name)
         if name not in self.felt:
             return columns_DM

@@ -29,6 +29,14 @@ def make_source(folder: Path, family: str, variant: str, **options) -> Checkpoin
     return open_folder(pico.save(pico.make_model(family, variant, **options), folder), name="tiny")
 
 
+def smaller_in_all(sizes: Sizes) -> Sizes:
+    """Of a tiny model: less of everything, with groups of heads as large as they were."""
+    groups = 2 * sizes.num_key_value_heads // sizes.num_attention_heads
+    return sizes.replace(
+        intermediate_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=groups
+    )  # fmt: skip
+
+
 def down(source: Checkpoint, out: Path, target: Sizes, **options) -> Shrunk:
     """Shrink with a plan; the model writes its own calibration text."""
     plan = plan_shrink(source.name, source.family, source.config, target, samples=24, length=20, **options)

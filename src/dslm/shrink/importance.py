@@ -35,8 +35,8 @@ _TOKENS, _SHORTEST = 8192, 256
 """So many tokens are read, on each process of a distributed run, an equal part of each window, but so many of a window
 at least."""
 _BETWEEN, _METRICS = 2, 1
-"""So many streams of all windows are as large as what lies between the blocks, and as all metrics, may be; larger, they
-go to a file. So this pass is never the largest part of a shrink, in which three such streams are in memory."""
+"""As large as so many streams of all windows may be what lies between the blocks, and all metrics together; what is
+larger goes to a file. So this pass is never the largest part of a shrink, which has three such streams in memory."""
 _BY_LOSS = 0.5
 """How much of a metric is the loss's; the rest counts all channels alike, since gradients are those of few tokens."""
 

@@ -26,18 +26,18 @@ _AT_ONCE, _ROUNDS = 16, 64
 """So many units go before all losses are computed again, or as many more as keep it to so many rounds."""
 
 
-def unit_scores(power_M: Tensor, writer_DM: Tensor) -> Tensor:
+def unit_scores(power_M: Tensor, columns_DM: Tensor) -> Tensor:
     """Score of each FFN unit.
 
     Args:
         power_M: mean square of each unit's activation, of any scale.
-        writer_DM: the matrix that reads the units and writes the stream.
+        columns_DM: what each unit writes, in any metric.
     """
-    scores: Tensor = power_M.double().clamp_min(0).sqrt() * writer_DM.double().norm(dim=0)
+    scores: Tensor = power_M.double().clamp_min(0).sqrt() * columns_DM.double().norm(dim=0)
     return scores
 
 
-def surviving_units(gram_MM: Tensor, writer_DM: Tensor, count: int) -> Tensor:
+def surviving_units(gram_MM: Tensor, columns_DM: Tensor, count: int) -> Tensor:
     """Positions of the units that stay, rising, if those that stay are refitted.
 
     With ``H = gram + damping``, leaving out unit j costs ``|w_j|^2 / (H^-1)_jj`` when the other columns change by
@@ -45,10 +45,10 @@ def surviving_units(gram_MM: Tensor, writer_DM: Tensor, count: int) -> Tensor:
 
     Args:
         gram_MM: second moment of the units' activations, of any scale, in float64; it is overwritten.
-        writer_DM: the matrix that reads the units and writes the stream.
+        columns_DM: ``w``, what each unit writes, in any metric.
         count: units to keep.
     """
-    columns_DM, inverse_MM = writer_DM.double(), _damped_inverse(gram_MM)
+    columns_DM, inverse_MM = columns_DM.double(), _damped_inverse(gram_MM)
     left_M = torch.ones(len(gram_MM), dtype=torch.bool, device=gram_MM.device)
     at_once = max(_AT_ONCE, -(-(len(gram_MM) - count) // _ROUNDS))
     while (excess := int(left_M.sum()) - count) > 0:
@@ -57,11 +57,17 @@ def surviving_units(gram_MM: Tensor, writer_DM: Tensor, count: int) -> Tensor:
         losses_M[~left_M] = torch.inf
         pool_P = losses_M.topk(min(4 * going, going + count), largest=False).indices
         gone_J = pool_P[_first_to_go(inverse_MM[pool_P][:, pool_P], columns_DM[:, pool_P], going)]
-        share_JM = torch.linalg.solve(inverse_MM[gone_J][:, gone_J], inverse_MM[gone_J])
+        share_JM = _eliminate(inverse_MM, gone_J)
         columns_DM = torch.addmm(columns_DM, columns_DM[:, gone_J], share_JM, alpha=-1.0)
-        inverse_MM.addmm_(inverse_MM[:, gone_J], share_JM, alpha=-1.0)
         left_M[gone_J] = False
     return left_M.nonzero().flatten()
+
+
+def _eliminate(inverse_MM: Tensor, gone_J: Tensor) -> Tensor:
+    """Take features out of the matrix whose inverse this is, in place, and say how the others stand in for them."""
+    share_JM: Tensor = torch.linalg.solve(inverse_MM[gone_J][:, gone_J], inverse_MM[gone_J])
+    inverse_MM.addmm_(inverse_MM[:, gone_J], share_JM, alpha=-1.0)
+    return share_JM
 
 
 def _damped_inverse(gram_MM: Tensor) -> Tensor:
@@ -130,11 +136,11 @@ def choose_units(scores_M: Tensor, count: int) -> Fold:
     return select(top(scores_M, count), len(scores_M))
 
 
-def keep_units(gram_MM: Tensor, writer_DM: Tensor, count: int, *, refitted: bool) -> Fold:
-    """Keep so many FFN units, given the second moment of their activations, which is overwritten."""
+def keep_units(gram_MM: Tensor, columns_DM: Tensor, count: int, *, refitted: bool) -> Fold:
+    """Keep so many FFN units; arguments as of `surviving_units`, and whether those that stay are refitted."""
     if refitted:
-        return select(surviving_units(gram_MM, writer_DM, count).cpu(), len(gram_MM))
-    return choose_units(unit_scores(gram_MM.diagonal(), writer_DM).cpu(), count)
+        return select(surviving_units(gram_MM, columns_DM, count).cpu(), len(gram_MM))
+    return choose_units(unit_scores(gram_MM.diagonal(), columns_DM).cpu(), count)
 
 
 def choose_heads(scores_H: Tensor, kv_heads: int, target_heads: int, target_kv: int) -> dict[str, Fold]:
@@ -188,19 +194,15 @@ def surviving_heads(
         left_XX = torch.linalg.inv(inverse_XX[own_X][:, own_X])
         return float((columns_DX[:, own_X] @ left_XX).mul_(columns_DX[:, own_X]).sum())
 
-    def remove(gone: list[int]) -> None:
-        own_X = numbers[gone].flatten()
-        share = torch.linalg.solve(inverse_XX[own_X][:, own_X], inverse_XX[own_X])
-        inverse_XX.addmm_(inverse_XX[:, own_X], share, alpha=-1.0)
-
     while wide := {k: own for k, own in groups.items() if len(own) > target_heads // target_kv}:
         group, head = min(
             ((k, head) for k, own in wide.items() for head in own), key=lambda kh: cost([kh[1]])
         )
         groups[group].remove(head)
-        remove([head])
+        _eliminate(inverse_XX, numbers[head])
     while len(groups) > target_kv:
-        remove(groups.pop(min(groups, key=lambda k: cost(groups[k]))))
+        gone = groups.pop(min(groups, key=lambda k: cost(groups[k])))
+        _eliminate(inverse_XX, numbers[gone].flatten())
     kept = torch.tensor([head for own in groups.values() for head in own])
     return {"heads": select(kept, heads), "kv_heads": select(torch.tensor(list(groups)), kv_heads)}
 

@@ -14,11 +14,16 @@ import searching
 import shrinking
 from dslm.checkpoint.reader import open_folder
 from dslm.errors import VerificationError
+from dslm.plan import plan_growth
+from dslm.resizing import resize
 from dslm.shrink import capture as capture_module
-from dslm.shrink.capture import Capture, capture, captured, damage, masked_losses
+from dslm.shrink.capture import Capture, capture, captured, damage
+from dslm.shrink.importance import importance
 from dslm.shrink.rebuild import Windows, rebuild
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.search import predict, search
+from dslm.shrink.silence import silenced_losses, stand_ins
+from dslm.shrink.tap import with_one
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 from searching import MODELS, NAMES, sizes_of, total
@@ -32,7 +37,9 @@ cache, llama = searching.cache, searching.llama  # fixtures
 def test_cutting_nothing_costs_nothing_and_cutting_more_never_costs_less(family, variant, tmp_path):
     weights = Stored(shrinking.make_source(tmp_path / "tiny", family, variant))
     sizes = sizes_of(weights)
-    found = capture(Walk(weights), pico.tokens(rows=3), sizes)
+    found = capture(
+        Walk(weights), pico.tokens(1, rows=3), pico.tokens(rows=3), sizes, Recipe(by_loss=False), {}
+    )
     assert predict(found, sizes) == found.base
     group = sizes.num_attention_heads // sizes.num_key_value_heads
     for series in (
@@ -76,18 +83,79 @@ CUTS = {
 }
 
 
+@pytest.mark.parametrize("by_loss", [False, True], ids=["norms", "loss"])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(("family", "variant"), [m for m in MODELS if m[0] not in ("opt", "gpt_neox")])
-def test_silencing_is_what_slicing_does(family, variant, cut, tmp_path):
+def test_silencing_is_what_slicing_does(family, variant, cut, by_loss, tmp_path):
     weights = Stored(shrinking.make_source(tmp_path / "tiny", family, variant))
-    sizes, ids = sizes_of(weights), pico.tokens(1, rows=3, length=20)
-    target = sizes.replace(**CUTS[cut])
-    silenced, whole = masked_losses(Walk(weights), ids, [target, sizes])
-    windows = Windows(ids, ids, {})
-    layers = tuple(range(sizes.num_hidden_layers))
-    sliced = rebuild(weights, target, layers, None, windows, tmp_path, recipe=Recipe(solve=False))
+    sizes, fit, ids = sizes_of(weights), pico.tokens(1, rows=3, length=20), pico.tokens(2, rows=3, length=20)
+    target, walk = sizes.replace(**CUTS[cut]), Walk(weights)
+    felt = importance(walk, fit, tmp_path) if by_loss else {}
+    layers, recipe = tuple(range(sizes.num_hidden_layers)), Recipe(solve=False)
+    silenced, whole = silenced_losses(walk, fit, ids, [target, sizes], recipe, felt)
+    windows = Windows(fit, ids, {})
+    sliced = rebuild(weights, target, layers, None, windows, tmp_path, recipe=recipe, felt=felt)
     assert sliced.losses["held-out"] == pytest.approx((whole, silenced), abs=1e-5)
     assert abs(silenced - whole) > 1e-4
+
+
+def test_what_goes_is_chosen_on_other_tokens_than_its_loss_is_measured_on(llama):
+    sizes, ids = sizes_of(llama), pico.tokens(rows=3)
+    fits = [pico.tokens(seed, rows=3) for seed in (1, 2)]
+    found = [capture(Walk(llama), fit, ids, sizes, Recipe(), {}).damages for fit in fits]
+    assert found[0]["layers"] == found[1]["layers"], "nothing is chosen there"
+    for axis in ("units", "group_heads", "stream"):
+        assert found[0][axis] != found[1][axis]
+
+
+DOUBLED = {
+    "units": {"intermediate_size": 96},
+    "groups": {"num_attention_heads": 8, "num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("doubled", DOUBLED)
+def test_silencing_copies_costs_little_if_the_others_stand_in(doubled, llama, tmp_path):
+    source = llama.checkpoint
+    before, grown = source.sizes, source.sizes.replace(**DOUBLED[doubled])
+    resize(source, plan_growth(source.name, source.family, source.config, grown), tmp_path / "big")
+    walk = Walk(Stored(open_folder(tmp_path / "big")))
+    fit, ids = pico.tokens(1, rows=16, length=20), pico.tokens(2, rows=16, length=20)
+    costs = []
+    for recipe in (Recipe(by_loss=False), Recipe(solve=False)):
+        silenced, whole = silenced_losses(walk, fit, ids, [before, grown], recipe, {})
+        costs.append(abs(silenced - whole))
+    assert costs[0] < costs[1] / 5
+    assert costs[1] > 0.04
+
+
+def test_what_stands_in_is_damped_least_squares():
+    """Against the rows that damping adds to the tokens, one by one, in float64."""
+    draw = torch.Generator().manual_seed(0)
+    x_NX = (
+        torch.randn(40, 7, generator=draw, dtype=torch.float64) @ torch.randn(7, 7, generator=draw).double()
+    )
+    kept_X = torch.tensor([True, False, True, True, False, True, True])
+    for one in (False, True):
+        full_NF = with_one(x_NX + 3) if one else x_NX
+        kept_F = torch.cat([kept_X, kept_X.new_ones(int(one))])
+        extra = (0.1 * full_NF.square().sum(dim=0)).sqrt()
+        extra[7:] = 0.0
+        rows = torch.cat([full_NF[:, kept_F], extra.diag()[kept_F][:, kept_F]])
+        wanted = torch.cat([full_NF[:, :7][:, ~kept_X], torch.zeros(int(kept_F.sum()), 2).double()])
+        best = torch.linalg.lstsq(rows, wanted).solution
+        found_FX = stand_ins(full_NF.T @ full_NF, kept_X)
+        torch.testing.assert_close(found_FX[kept_F][:, ~kept_X], best, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found_FX[:, kept_X], torch.eye(len(kept_F), 7).double()[:, kept_X])
+        assert not found_FX[~kept_F].any()
+
+
+def test_what_is_chosen_and_what_stands_in_go_by_the_recipe(llama):
+    windows = shrinking.windows()
+    recipes = Recipe(), Recipe(by_loss=False), Recipe(solve=False)
+    found = [captured(llama, windows, recipe=recipe, device="cpu").damages for recipe in recipes]
+    assert len({one["units"] for one in found}) == 3
+    assert len({one["layers"] for one in found}) == 1
 
 
 def test_a_model_without_a_loss_is_refused(tmp_path, monkeypatch, llama):

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import calling
 from dslm.errors import RecipeError
-from dslm.texts import Row, read_rows
+from dslm.texts import Row, read_documents, read_rows
 from dslm.train.data import Document, hold_out, pack, read_blocks, read_tokens
 from dslm.train.loss import IGNORED
 from tokenizing import EOS
@@ -109,13 +109,15 @@ def test_a_turn_in_parts_is_read_and_one_that_is_no_text_is_refused(tokenizer, t
         {"role": "assistant", "content": None, "tool_calls": []},
         {"role": "user", "content": [{"type": "image"}]},
     )]  # fmt: skip
+    rows.append([{"role": "assistant", "content": None, "tool_calls": []}])
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
     found, _ = read_rows(str(path), 10**6)
     (first,) = read_tokens(tokenizer, found[:1], "tiny")
     assert first.ids.tolist() == [10, 20, 21, 12, 11, 30, 12]
-    assert [row.text for row in found] == ["w20 w21\n\nw30", "w5\n\nw30", "w5\n\nw30"]
-    for row, number in zip(found[1:], (2, 3), strict=True):
+    assert [row.text for row in found] == ["w20 w21\n\nw30", "w5\n\nw30", "w5\n\nw30", ""]
+    assert read_documents(str(path), 10**6)[0] == ["w20 w21\n\nw30", "w5\n\nw30"]
+    for row, number in zip(found[1:], (2, 3, 4), strict=True):
         with pytest.raises(RecipeError, match=f"line {number} of .*d.jsonl has a turn that is not text"):
             read_tokens(tokenizer, [row], "tiny")
 
@@ -173,7 +175,8 @@ def test_a_folder_is_read_file_by_file(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
     (tmp_path / "rows.json").write_text('{"text": "fourth"}\n')
     rows, what = read_rows(str(tmp_path), 100)
-    assert [row.text for row in rows] == ["first", "second", "third", "fourth"]
+    assert [row.text for row in rows] == ["first", "second", "third", "fourth", ""]
+    assert read_documents(str(tmp_path), 100)[0] == ["first", "second", "third", "fourth"]
     assert what == f"the folder {tmp_path}"
     (tmp_path / "broken.jsonl").write_text('{"text": \n')
     with pytest.raises(RecipeError, match=r"line 1 of .*broken\.jsonl is not JSON"):

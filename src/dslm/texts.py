@@ -68,7 +68,7 @@ def read_rows(source: str, characters: int, progress: Progress | None = None) ->
         return _folder_rows(path, progress), f"the folder {source}"
     if names_data_set(source):
         return _hub_rows(source, characters, progress), f"the data set {source} on the hub"
-    return _file_rows(path), f"the file {source}"
+    return _file_rows(path, "a text file or a data set's owner/name[:configuration]"), f"the file {source}"
 
 
 def file_documents(path: Path) -> list[str]:
@@ -81,7 +81,7 @@ def file_documents(path: Path) -> list[str]:
 
 
 def _unique(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row.text for row in rows))
+    return list(dict.fromkeys(row.text for row in rows if row.text.strip()))
 
 
 def _folder_rows(folder: Path, progress: Progress | None) -> list[Row]:
@@ -131,13 +131,11 @@ def _plain_text(path: Path) -> str | None:
     return None if "\0" in text else text
 
 
-def _file_rows(path: Path) -> list[Row]:
+def _file_rows(path: Path, wanted: str = "a text file") -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise RecipeError(
-            f"there is no file {path}", "give a text file or a data set's owner/name[:configuration]"
-        ) from error
+        raise RecipeError(f"there is no file {path}", f"give {wanted}") from error
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
     except UnicodeDecodeError as error:
@@ -151,14 +149,14 @@ def _file_rows(path: Path) -> list[Row]:
 
 
 def _rows_of(text: str, path: Path) -> list[Row]:
-    """The documents of a file that has been read, those that say something."""
+    """The documents of a file that has been read, those that say something or hold something else than text."""
     if path.suffix.lower() in ROWS:
         # Not splitlines: JSON strings may hold the other line ends of Unicode.
         lines = enumerate(text.split("\n"), start=1)
         rows = [_json_row(line, f"line {number} of {path}") for number, line in lines if line.strip()]
     else:
         rows = [Row(document, where=str(path)) for document in _split_titles(text)]
-    return [row for row in rows if row.text.strip()]
+    return [row for row in rows if row.text.strip() or any(m["content"] is None for m in row.messages)]
 
 
 def _split_titles(text: str) -> list[str]:

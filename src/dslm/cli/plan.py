@@ -179,7 +179,7 @@ def _measure(
     with progress_bar(quiet=quiet) as progress:
         samples, length = measuring["samples"], measuring["sequence_length"]
         windows = read_windows(source, texts, samples=samples, length=length, progress=progress)
-        known = captured(weights, windows, progress=progress)
+        known = captured(weights, windows, recipe=recipe, progress=progress)
         shapes = search(
             weights,
             wanted,

@@ -1,28 +1,29 @@
 """What single cuts cost a model: runs of layers left out, units and heads silenced in every block, a narrower stream.
 
-Shape letters: B windows, T tokens, N tokens of all windows, X input features.
+What goes is chosen on other tokens than its loss is measured on. Shape letters: B windows, T tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dslm.errors import VerificationError
 from dslm.progress import Progress
 from dslm.shrink.cache import keep, place_of, read_kept
 from dslm.shrink.encoder import survey_stream
-from dslm.shrink.fold import Fold, Key, axis_fold
+from dslm.shrink.importance import importance
 from dslm.shrink.rebuild import Windows
-from dslm.shrink.select import choose_heads, choose_units, head_scores, unit_scores
+from dslm.shrink.recipe import Recipe
+from dslm.shrink.silence import silenced_losses
 from dslm.shrink.survey import few, removal_losses
-from dslm.shrink.tap import reads_heads, tap, writes_stream
-from dslm.shrink.walk import Walk, mean_loss, walking_device
+from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Folded, Stored
 from dslm.shrink_plan import stream_can_shrink
 from dslm.sizes import Sizes, is_legal
@@ -38,16 +39,16 @@ _WINDOWS, _TOKENS = 2, 256  # of the held-out ones: damages are differences on t
 _LEAST, _MOST = 1e-4, 100.0  # nats: a cut that seems to do good is noise; one that overflows is hopeless
 _DEPTHS = (0.0, 0.1, 0.2, 1 / 3, 0.5, 0.75)  # shares of the layers that are left out; at least one layer
 _KEPT = {
-    "units": (0.95, 0.9, 0.75, 0.5, 0.25, 0.1),
+    "units": (0.875, 0.5),
     "heads": (0.9, 0.75, 0.5, 0.25),
     "stream": (0.9, 0.75, 0.5, 0.25),
 }
-_FORMAT = 2  # of what is kept; raised when a capture measures something else
+_FORMAT = 3  # of what is kept; raised when a capture measures something else
 
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """What cuts cost a model, without compensation.
+    """What cuts cost a model, of which a shrink can make up for more.
 
     Attributes:
         sizes: the model's sizes.
@@ -99,13 +100,24 @@ def _rising(cuts: Mapping[float, float]) -> Points:
     return tuple(points)
 
 
-def capture(walk: Walk, ids_BT: Tensor, sizes: Sizes, progress: Progress | None = None) -> Capture:
+def capture(
+    walk: Walk,
+    fit_BT: Tensor,
+    ids_BT: Tensor,
+    sizes: Sizes,
+    recipe: Recipe,
+    felt: Mapping[str, Tensor],
+    progress: Progress | None = None,
+) -> Capture:
     """Measure what single cuts cost a model.
 
     Args:
         walk: the model.
+        fit_BT: the windows on which is chosen what goes, int64.
         ids_BT: the windows that losses are reported on, int64; damages are measured on the first of them.
         sizes: the model's sizes.
+        recipe: how is chosen what goes, and whether what stays stands in for it.
+        felt: what `dslm.shrink.importance` gave; nothing where norms choose.
         progress: called with a label, blocks done and blocks in all.
 
     Raises:
@@ -124,9 +136,10 @@ def capture(walk: Walk, ids_BT: Tensor, sizes: Sizes, progress: Progress | None 
         share = len(run) / sizes.num_hidden_layers
         cuts["layers"][share] = min(loss - whole, cuts["layers"].get(share, math.inf))
     targets = _single_cuts(sizes)
-    masked = masked_losses(walk, some_BT, [target for _, target in targets], progress)
-    streams = _stream_losses(walk, some_BT, sizes, progress)
-    for (axis, target), loss in [*zip(targets, masked, strict=True), *streams]:
+    shapes = [target for _, target in targets]
+    silenced = silenced_losses(walk, fit_BT, some_BT, shapes, recipe, felt, progress)
+    streams = _stream_losses(walk, fit_BT, some_BT, sizes, progress)
+    for (axis, target), loss in [*zip(targets, silenced, strict=True), *streams]:
         cuts[axis][shares_cut(sizes, target)[axis]] = loss - whole
     damages = {axis: _rising(found) for axis, found in cuts.items()}
     return Capture(sizes, base, damages | {"stream": damages["stream"] or _static(damages["units"])})
@@ -159,7 +172,7 @@ def _counts(size: int, shares: Sequence[float]) -> list[int]:
 
 
 def _stream_losses(
-    walk: Walk, ids_BT: Tensor, sizes: Sizes, progress: Progress | None
+    walk: Walk, fit_BT: Tensor, ids_BT: Tensor, sizes: Sizes, progress: Progress | None
 ) -> list[tuple[tuple[str, Sizes], float]]:
     """Losses with narrower streams; none where the stream cannot become narrower with everything else as it is."""
     family, config, layers = walk.weights.family, walk.weights.config, tuple(range(sizes.num_hidden_layers))
@@ -171,7 +184,7 @@ def _stream_losses(
         wider = (sizes.replace(hidden_size=width) for width in range(least, sizes.hidden_size))
         target = next((shape for shape in wider if is_legal(family, config, shape)), None)
         if target is not None:
-            survey = survey or survey_stream(walk, ids_BT, tied=sizes.tied, progress=progress)
+            survey = survey or survey_stream(walk, fit_BT, tied=sizes.tied, progress=progress)
             stream = survey.encoder(target.hidden_size)
             narrow = Walk(Folded(walk.weights, target, layers, {}, stream), walk.device)
             found.append((("stream", target), removal_losses(narrow, ids_BT, [frozenset()])[0]))
@@ -187,76 +200,32 @@ def _static(units: Points) -> Points:
     )
 
 
-def masked_losses(
-    walk: Walk, ids_BT: Tensor, targets: Sequence[Sizes], progress: Progress | None = None
-) -> list[float]:
-    """Loss with FFN units and heads silenced in every block as cutting to each target would, in one pass over all.
-
-    What is silenced is what adds least to the stream, as in a plain cut: nothing is refitted here.
-    """
-    whole_BTD = walk.embed(ids_BT)
-    streams = [whole_BTD] * len(targets)
-    for layer in range(len(walk.blocks)):
-        with walk.block(layer):
-            writers = {m: name for m, name in walk.linears(layer).items() if writes_stream(walk, name)}
-            seen = tap(walk, layer, whole_BTD, inputs=list(writers.values()))
-            for i, target in enumerate(targets):
-                masks = {m: _mask(walk, layer, name, seen[name], target) for m, name in writers.items()}
-                with _silenced(masks):
-                    streams[i] = walk.run(layer, streams[i])
-            whole_BTD = walk.run(layer, whole_BTD)
-        if progress is not None:
-            progress("measuring cuts", layer + 1, len(walk.blocks))
-    with walk.head() as logits:
-        return [mean_loss(logits, stream, ids_BT, walk.device) for stream in streams]
-
-
-def _mask(walk: Walk, layer: int, name: str, x_NX: Tensor, target: Sizes) -> Tensor:
-    """One for each input of a writer that stays, zero for the others."""
-    axis, writer = walk.places[name].line.spec.axes[1], walk.get(name)
-    sizes = walk.weights.family.dimensions(walk.weights.config)
-    folds: dict[Key, Fold]
-    if reads_heads(walk, name):
-        scores = head_scores(x_NX.T @ x_NX / len(x_NX), writer, sizes["heads"]).cpu()
-        kept = choose_heads(scores, sizes["kv_heads"], target.num_attention_heads, target.num_key_value_heads)
-        folds = {(word, layer): fold for word, fold in kept.items()}
-    else:
-        scores = unit_scores(x_NX.square().mean(dim=0), writer).cpu()
-        folds = {("intermediate", layer): choose_units(scores, target.intermediate_size)}
-    fold = axis_fold(axis, layer, folds, sizes)
-    assert fold is not None, "every writer reads units or heads"
-    return (fold.group_S >= 0).to(x_NX)
-
-
-@contextmanager
-def _silenced(masks: Mapping[nn.Module, Tensor]) -> Iterator[None]:
-    """Multiply what some modules read."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0] * masks[module], *args[1:])
-
-    handles = [module.register_forward_pre_hook(hook) for module in masks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def captured(
-    weights: Stored, windows: Windows, *, device: str = "auto", progress: Progress | None = None
+    weights: Stored,
+    windows: Windows,
+    *,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> Capture:
-    """The capture of a model on held-out windows, from the user's cache where it was made before.
+    """The capture of a model, from the user's cache where it was made before.
 
     A cache that cannot be read is made anew, and one that cannot be written is done without. Arguments and errors as of
     `search`.
     """
-    ids_BT = few(windows.held_out)
-    place = place_of("captures", weights.checkpoint, [_FORMAT, ids_BT.tolist()])
+    fit_BT, ids_BT, recipe = few(windows.fit), few(windows.held_out), recipe or Recipe()
+    by_loss = recipe.solve and recipe.by_loss
+    place = place_of(
+        "captures", weights.checkpoint, [_FORMAT, recipe.solve, by_loss, fit_BT.tolist(), ids_BT.tolist()]
+    )
     sizes = Sizes.from_config(weights.family, weights.config)
     found = _whole(read_kept(place), sizes)
     if found is None:
-        found = capture(Walk(weights, walking_device(device)), ids_BT, sizes, progress)
+        walk = Walk(weights, walking_device(device))
+        with tempfile.TemporaryDirectory(prefix=".dslm.", dir=folder) as room:
+            felt = importance(walk, fit_BT, Path(room), progress) if by_loss else {}
+            found = capture(walk, fit_BT, ids_BT, sizes, recipe, felt, progress)
         keep(place, {"base": found.base, "damages": found.damages})
     return found
 

@@ -108,8 +108,10 @@ def search(
         SizeError: the target is not below the source, or below the smallest shape there is.
         VerificationError: the model's loss is not finite.
     """
-    known = known or captured(weights, windows, device=device, progress=progress)
     recipe = recipe or Recipe()
+    known = known or captured(
+        weights, windows, recipe=recipe, device=device, folder=folder, progress=progress
+    )
     shapes = ranked(known, weights, parameters, untie=untie, recipe=recipe)
     best: dict[Sizes, Scored] = {}
     for shape in shapes:

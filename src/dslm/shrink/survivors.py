@@ -6,7 +6,7 @@ Shape letters: N tokens, D hidden size, X what a writer reads, M FFN units, H qu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,17 @@ class Survivors:
                 x_NX = with_one(x_NX).double()  # what is left without the mean may be small
             weight_N = token_weights(behind_ND) if self.refitted and self.weigh_tokens else None
             self._moments[name].add(x_NX, x_NX[:, :0], weight_N)
+
+    def second_moment(self, name: str) -> Tensor:
+        """Of what a watched writer reads, and a one where a bias makes up for the mean; float64, of any scale."""
+        return self._moments[name].gram_XX
+
+    def towards(self, target: Sizes) -> Survivors:
+        """What is known from the same tokens, for another target that has nothing less than this one."""
+        other = replace(self, target=target)
+        for name, moments in other._moments.items():
+            moments.gram_XX.copy_(self._moments[name].gram_XX)
+        return other
 
     def folds(self) -> dict[str, Fold]:
         """The choice, by dimension; all processes of a distributed run come to the same."""

@@ -38,10 +38,13 @@ def named():
     [
         ("arc_easi", "lm-eval has no task 'arc_easi'; did you mean arc_easy"),
         ("qqqqzzzz", "lm-eval has no task 'qqqqzzzz'; 'lm-eval ls tasks' lists"),
+        ("tests", "lm-eval has no task 'tests'; the folder is named ./tests"),
         ("arc_easy", "task arc_easy cannot be loaded: .*; HF_HUB_OFFLINE is set"),
     ],
 )
-def test_a_name_that_cannot_be_loaded(named, monkeypatch, name, said):
+def test_a_name_that_cannot_be_loaded(named, monkeypatch, tmp_path, name, said):
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: named)
     with pytest.raises(RecipeError, match=said) as caught:
         load_tasks([name])

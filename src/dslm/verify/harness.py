@@ -126,11 +126,17 @@ def _manager(tasks: Any, specs: Sequence[str]) -> Any:
     )
     for spec in specs:
         if not _is_path(spec) and spec not in manager.task_index:
-            near = get_close_matches(spec, manager.all_tasks, n=3)
-            likely = f"did you mean {' or '.join(near)}?"
-            listed = "'lm-eval ls tasks' lists its tasks; a local one is named by its path"
-            raise RecipeError(f"lm-eval has no task {spec!r}", likely if near else listed)
+            raise RecipeError(f"lm-eval has no task {spec!r}", _instead(manager, spec))
     return manager
+
+
+def _instead(manager: Any, spec: str) -> str:
+    """What somebody who names this may mean."""
+    if Path(spec).is_dir():
+        return f"the folder is named ./{spec}"
+    if near := get_close_matches(spec, manager.all_tasks, n=3):
+        return f"did you mean {' or '.join(near)}?"
+    return "'lm-eval ls tasks' lists its tasks; a local one is named by its path"
 
 
 def _load(manager: Any, spec: str) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ import torch
 
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
-from dslm.shrink import reconstruct, select
+from dslm.shrink import select, survivors
 from dslm.shrink.approximate import choose_layers
 from dslm.shrink.calibrate import calibration
 from dslm.shrink.encoder import survey_stream
@@ -188,10 +188,10 @@ def main() -> None:
                         )  # fmt: skip
                         choosing[chosen] = time.perf_counter() - begin - asking[chosen]
                 scores = by_weights(source) if method == "magnitude" else select.unit_scores
-                enough = math.inf if method == "no_surgeon" else reconstruct.ENOUGH
+                enough = math.inf if method == "no_surgeon" else survivors.ENOUGH
                 with (
                     mock.patch.object(select, "unit_scores", scores),
-                    mock.patch.object(reconstruct, "ENOUGH", enough),
+                    mock.patch.object(survivors, "ENOUGH", enough),
                 ):
                     begin = time.perf_counter()
                     found = rebuild(

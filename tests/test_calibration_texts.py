@@ -35,6 +35,7 @@ BAD_FILES = {
     "empty.txt": (b"", "is empty"),
     "blank.txt": (b" \n\n", "is empty"),
     "empty.jsonl": (b'{"text": ""}\n', "is empty"),
+    "silent.jsonl": (b'{"messages": [{"role": "user", "content": null}]}\n', "holds no text"),
     "latin.txt": (b"caf\xe9 ", "not UTF-8 text (byte 3)"),
     "binary.txt": (b"w3\0w4", "is a binary file"),
     "broken.jsonl": (b'{"text": "w3"}\n\n{"text": \n', "line 3 of "),

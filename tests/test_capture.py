@@ -17,6 +17,7 @@ from dslm.errors import VerificationError
 from dslm.plan import plan_growth
 from dslm.resizing import resize
 from dslm.shrink import capture as capture_module
+from dslm.shrink import select, silence, survivors
 from dslm.shrink.capture import Capture, capture, captured, damage
 from dslm.shrink.importance import importance
 from dslm.shrink.rebuild import Windows, rebuild
@@ -61,13 +62,17 @@ def test_cutting_nothing_costs_nothing_and_cutting_more_never_costs_less(family,
 
 
 def test_damage_goes_through_its_points_and_on_beyond_them():
-    points = ((0.1, 0.01), (0.2, 0.04), (0.5, 0.04))
+    quarter, half, most = (1 - math.exp(-depth) for depth in (0.25, 0.5, 1.0))
+    points = ((quarter, 0.01), (half, 0.04), (most, 0.04))
     assert [damage(points, share) for share, _ in points] == pytest.approx([nats for _, nats in points])
-    assert damage(points, 0.15) == pytest.approx(0.0225)  # a power law, here a square
-    assert damage(points, 0.05) == pytest.approx(0.0025)
-    assert damage(points, 1.0) == pytest.approx(0.08)  # at least linear
+    between, below, beyond = (1 - math.exp(-depth) for depth in (0.375, 0.125, 2.0))
+    assert damage(points, between) == pytest.approx(
+        0.0225
+    )  # a power law of -log of what stays, here a square
+    assert damage(points, below) == pytest.approx(0.0025)
+    assert damage(points, beyond) == pytest.approx(0.08)  # at least linear
     assert damage(points, 0.0) == 0.0
-    assert damage(((0.5, 0.4),), 0.25) == pytest.approx(0.1)
+    assert damage(((half, 0.4),), quarter) == pytest.approx(0.1)
     assert damage((), 0.1) == math.inf
 
 
@@ -97,15 +102,6 @@ def test_silencing_is_what_slicing_does(family, variant, cut, by_loss, tmp_path)
     sliced = rebuild(weights, target, layers, None, windows, tmp_path, recipe=recipe, felt=felt)
     assert sliced.losses["held-out"] == pytest.approx((whole, silenced), abs=1e-5)
     assert abs(silenced - whole) > 1e-4
-
-
-def test_what_goes_is_chosen_on_other_tokens_than_its_loss_is_measured_on(llama):
-    sizes, ids = sizes_of(llama), pico.tokens(rows=3)
-    fits = [pico.tokens(seed, rows=3) for seed in (1, 2)]
-    found = [capture(Walk(llama), fit, ids, sizes, Recipe(), {}).damages for fit in fits]
-    assert found[0]["layers"] == found[1]["layers"], "nothing is chosen there"
-    for axis in ("units", "group_heads", "stream"):
-        assert found[0][axis] != found[1][axis]
 
 
 DOUBLED = {
@@ -139,8 +135,8 @@ def test_what_stands_in_is_damped_least_squares():
     for one in (False, True):
         full_NF = with_one(x_NX + 3) if one else x_NX
         kept_F = torch.cat([kept_X, kept_X.new_ones(int(one))])
-        extra = (0.1 * full_NF.square().sum(dim=0)).sqrt()
-        extra[7:] = 0.0
+        varying_NF = full_NF - full_NF.mean(dim=0) if one else full_NF
+        extra = (0.1 * varying_NF.square().sum(dim=0)).sqrt()
         rows = torch.cat([full_NF[:, kept_F], extra.diag()[kept_F][:, kept_F]])
         wanted = torch.cat([full_NF[:, :7][:, ~kept_X], torch.zeros(int(kept_F.sum()), 2).double()])
         best = torch.linalg.lstsq(rows, wanted).solution
@@ -150,11 +146,73 @@ def test_what_stands_in_is_damped_least_squares():
         assert not found_FX[~kept_F].any()
 
 
+@pytest.mark.parametrize("variant", ["gqa-tied", "biases"])
+def test_what_goes_is_what_a_rebuilding_chooses(variant, tmp_path, monkeypatch):
+    weights = Stored(shrinking.make_source(tmp_path / "tiny", "llama", variant))
+    sizes, windows, walk = sizes_of(weights), shrinking.windows(), Walk(weights)
+    target = sizes.replace(intermediate_size=30, num_attention_heads=2, num_key_value_heads=1)
+    felt, recipe = importance(walk, windows.fit, tmp_path), Recipe().closed()
+    chosen = []
+    for module, name in ((select, "surviving_units"), (survivors, "surviving_heads")):
+        monkeypatch.setattr(module, name, _noted(getattr(module, name), chosen))
+    silenced_losses(walk, windows.fit, windows.held_out, [target], recipe, felt)
+    ours = chosen.copy()
+    chosen.clear()
+    layers = tuple(range(sizes.num_hidden_layers))
+    rebuild(weights, target, layers, None, windows, tmp_path, recipe=recipe, felt=felt)
+    assert len(ours) == 2 * len(layers)
+    assert ours == chosen
+    few = windows.fit[:3]
+    chosen.clear()
+    silenced_losses(walk, few, windows.held_out, [target], recipe, felt)
+    assert chosen == [], "too few tokens to tell what others make up for"
+
+
+def _noted(function, chosen):
+    def call(*given):
+        found = function(*given)
+        chosen.append(found.tolist() if isinstance(found, torch.Tensor) else found["heads"].keep_T.tolist())
+        return found
+
+    return call
+
+
+def test_a_one_stands_behind_what_a_writer_with_a_bias_reads(tmp_path, monkeypatch):
+    weights = Stored(shrinking.make_source(tmp_path / "tiny", "llama", "biases"))
+    sizes, windows, seen = sizes_of(weights), shrinking.windows(), []
+
+    def identity(gram_FF, kept_X):
+        seen.append(len(gram_FF) - len(kept_X))
+        return torch.eye(len(gram_FF), len(kept_X), dtype=torch.float64)
+
+    monkeypatch.setattr(silence, "stand_ins", identity)
+    targets = [sizes.replace(intermediate_size=30, num_attention_heads=2, num_key_value_heads=1), sizes]
+    same, whole = silenced_losses(Walk(weights), windows.fit, windows.held_out, targets, Recipe(), {})
+    assert seen == [1] * 2 * sizes.num_hidden_layers
+    assert same == pytest.approx(whole, abs=1e-6)
+
+
+def test_a_stream_is_surveyed_on_some_tokens_and_measured_on_others(llama, monkeypatch):
+    surveyed, measured = [], []
+    survey, losses = capture_module.survey_stream, capture_module.removal_losses
+    monkeypatch.setattr(
+        capture_module, "survey_stream", lambda w, ids, **o: surveyed.append(ids) or survey(w, ids, **o)
+    )
+    monkeypatch.setattr(
+        capture_module, "removal_losses", lambda w, ids, *o: measured.append(ids) or losses(w, ids, *o)
+    )
+    fit, ids = pico.tokens(1, rows=4), pico.tokens(2, rows=2)
+    capture(Walk(llama), fit, ids, sizes_of(llama), Recipe(), {})
+    assert [seen.tolist() for seen in surveyed] == [fit.tolist()]
+    assert len(measured) == 2 + 3, "the whole model, its layers, and three widths"
+    assert all(seen.tolist() == ids.tolist() for seen in measured)
+
+
 def test_what_is_chosen_and_what_stands_in_go_by_the_recipe(llama):
     windows = shrinking.windows()
-    recipes = Recipe(), Recipe(by_loss=False), Recipe(solve=False)
+    recipes = Recipe(), Recipe(by_loss=False), Recipe(weigh_tokens=False), Recipe(solve=False)
     found = [captured(llama, windows, recipe=recipe, device="cpu").damages for recipe in recipes]
-    assert len({one["units"] for one in found}) == 3
+    assert len({one["units"] for one in found}) == 4
     assert len({one["layers"] for one in found}) == 1
 
 

@@ -152,7 +152,7 @@ def shrink_candidates(
 ) -> list[Candidate]:
     """Legal shapes near a number of parameters below the source's, best first.
 
-    For every stream, number of key-value groups and number of layers the FFN that comes closest is found. Shapes are
+    For every stream, number of heads and number of layers the FFN that comes closest is found. Shapes are
     ranked by distance from the target plus what cutting each dimension is likely to cost: mild cuts of layers and FFN
     together cost least, heads and stream more.
 
@@ -204,8 +204,9 @@ def _lines(family: Family, config: Config, source: Sizes) -> Iterator[_Line]:
             step = lcm(source.num_attention_heads, _ALIGNED)  # 9 heads must divide the stream: 504 = 9 * 56
         widths += sorted({*narrower, *range(step, source.hidden_size, step)}, reverse=True)
     for width in widths:
-        for sizes in _headed(family, config, source.replace(hidden_size=width), source):
-            if _same_tensors(family, config, source, sizes):
+        for heads, kv in head_pairs(source):
+            sizes = source.replace(hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv)
+            if is_legal(family, config, sizes) and _same_tensors(family, config, source, sizes):
                 yield _line(family, config, sizes)
 
 

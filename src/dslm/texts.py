@@ -45,7 +45,7 @@ class Row:
 def read_documents(source: str, characters: int, progress: Progress | None = None) -> tuple[list[str], str]:
     """The documents of a source as `read_rows` finds them, each once, and in words what it is."""
     rows, origin = read_rows(source, characters, progress)
-    return _unique(rows), origin
+    return _unique(rows, origin), origin
 
 
 def read_rows(source: str, characters: int, progress: Progress | None = None) -> tuple[list[Row], str]:
@@ -77,11 +77,14 @@ def file_documents(path: Path) -> list[str]:
     Raises:
         RecipeError: it is missing, unreadable, empty, or not text.
     """
-    return _unique(_file_rows(path))
+    return _unique(_file_rows(path), f"the file {path}")
 
 
-def _unique(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row.text for row in rows if row.text.strip()))
+def _unique(rows: list[Row], origin: str) -> list[str]:
+    found = list(dict.fromkeys(row.text for row in rows if row.text.strip()))
+    if not found:
+        raise RecipeError(f"{origin} holds no text", "give one with text in it")
+    return found
 
 
 def _folder_rows(folder: Path, progress: Progress | None) -> list[Row]:
@@ -149,14 +152,19 @@ def _file_rows(path: Path, wanted: str = "a text file") -> list[Row]:
 
 
 def _rows_of(text: str, path: Path) -> list[Row]:
-    """The documents of a file that has been read, those that say something or hold something else than text."""
+    """The documents of a file that has been read, those that count."""
     if path.suffix.lower() in ROWS:
         # Not splitlines: JSON strings may hold the other line ends of Unicode.
         lines = enumerate(text.split("\n"), start=1)
         rows = [_json_row(line, f"line {number} of {path}") for number, line in lines if line.strip()]
     else:
         rows = [Row(document, where=str(path)) for document in _split_titles(text)]
-    return [row for row in rows if row.text.strip() or any(m["content"] is None for m in row.messages)]
+    return [row for row in rows if _counts(row)]
+
+
+def _counts(row: Row) -> bool:
+    """Whether it says something, or holds something else than text, which is refused where it would be trained on."""
+    return bool(row.text.strip()) or any(turn["content"] is None for turn in row.messages)
 
 
 def _split_titles(text: str) -> list[str]:
@@ -226,7 +234,7 @@ def _hub_rows(source: str, characters: int, progress: Progress | None) -> list[R
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
             found = _row_of(row, f"row {number} of {source}")
-            if found.text.strip() and found.text not in documents:
+            if _counts(found) and found.text not in documents:
                 documents[found.text] = found
                 size += len(found.text)
             if progress is not None:

@@ -22,15 +22,12 @@ from dslm.shrink.recipe import Recipe
 from dslm.shrink.solve import Moments, place_of_share, solve, sum_over_processes
 from dslm.shrink.steps import step_towards_logits, step_towards_stream, steps_to_take
 from dslm.shrink.streams import Streams, token_weights
-from dslm.shrink.survivors import Survivors
+from dslm.shrink.survivors import Survivors, enough
 from dslm.shrink.tap import Anatomy, Stage, anatomy, bias_of, tap, watch, with_one
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import as_kept
 from dslm.shrink.writers import StreamWriter, side
 from dslm.sizes import Sizes
-
-ENOUGH = 2
-"""Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,14 +103,13 @@ class Rebuilder:
     def _look_ahead(self, origin: int, shape: Anatomy, streams: Streams) -> None:
         """Run the teacher's block; on the way choose the units and heads that stay."""
         _, fit = place_of_share(streams.fit)
-        enough = fit * streams.teacher.shape[1] >= ENOUGH * self.source.intermediate_size
         survivors = Survivors(
             self.teacher,
             self.source,
             self.target,
             shape.writers,
             self.felt,
-            refitted=self.recipe.solve and enough,
+            refitted=self.recipe.solve and enough(fit * streams.teacher.shape[1], self.source),
             weigh_tokens=self.recipe.weigh_tokens,
         )
         for windows in streams.batches():

@@ -18,7 +18,7 @@ from dslm.checkpoint.reader import Checkpoint
 from dslm.progress import Progress
 from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration
-from dslm.shrink.capture import Capture, captured, damage, shares_cut
+from dslm.shrink.capture import FIT, HELD_OUT, Capture, captured, damage, shares_cut
 from dslm.shrink.rebuild import Windows, importance_for
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
@@ -32,9 +32,6 @@ from dslm.targets_down import shrink_candidates
 LEFT = {"layers": 0.45, "units": 0.6, "kv_groups": 0.6, "group_heads": 0.6, "stream": 0.9}
 """Share of an axis's damage that is left after re-reading, from few shapes of SmolLM2-135M; it only matters for ranking
 cuts of one axis against cuts of another."""
-
-FIT, HELD_OUT = 16, 4
-"""Windows at most that a candidate is rebuilt on, and measured on."""
 
 _ENOUGH = 32  # windows of calibration text, an eighth of them held out
 _CANDIDATES, _NEAR, _NEARER = 512, 0.02, 0.01

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dslm.shrink.fold import Fold, select
 
-_DAMPING = 0.1
+DAMPING = 0.1
 """Added to the Gram, relative to each unit's own mean square: how much less than it seems the others make up for."""
 _AT_ONCE, _ROUNDS = 16, 64
 """So many units go before all losses are computed again, or as many more as keep it to so many rounds."""
@@ -73,7 +73,7 @@ def _eliminate(inverse_MM: Tensor, gone_J: Tensor) -> Tensor:
 def _damped_inverse(gram_MM: Tensor) -> Tensor:
     """In the Gram's own memory: it is the largest thing that choosing units needs."""
     diagonal_M = gram_MM.diagonal()
-    diagonal_M += _DAMPING * diagonal_M + 1e-9 * diagonal_M.mean() + 1e-30
+    diagonal_M += DAMPING * diagonal_M + 1e-9 * diagonal_M.mean() + 1e-30
     columns_first_MM = gram_MM.T  # as LAPACK wants it; otherwise it works on a copy
     torch.linalg.cholesky(columns_first_MM, out=columns_first_MM)
     return torch.cholesky_inverse(columns_first_MM, out=columns_first_MM)

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from dslm.progress import Progress
 from dslm.shrink.fold import Fold, Key, axis_fold
 from dslm.shrink.recipe import Recipe
-from dslm.shrink.survivors import Survivors
+from dslm.shrink.select import DAMPING
+from dslm.shrink.streams import batches
+from dslm.shrink.survivors import Survivors, enough
 from dslm.shrink.tap import watch, with_one, writes_stream
 from dslm.shrink.walk import Walk, mean_loss
 from dslm.sizes import Sizes
-
-_DAMPING = 0.1
-"""Added to the second moment, relative to each feature's own: the tokens are few."""
 
 
 def silenced_losses(
@@ -51,15 +50,17 @@ def silenced_losses(
     sizes = Sizes.from_config(walk.weights.family, walk.weights.config)
     whole_BTD = walk.embed(fit_BT)
     streams = [walk.embed(ids_BT)] * len(targets)
+    refitted = recipe.solve and enough(fit_BT.numel(), sizes)
     for layer in range(len(walk.blocks)):
         with walk.block(layer):
             modules = {name: m for m, name in walk.linears(layer).items() if writes_stream(walk, name)}
             survivors = Survivors(
                 walk, sizes, sizes.replace(intermediate_size=0, num_attention_heads=0), list(modules), felt,
-                refitted=recipe.solve, weigh_tokens=recipe.weigh_tokens,
+                refitted=refitted, weigh_tokens=recipe.weigh_tokens,
             )  # fmt: skip
-            whole_BTD, seen = watch(walk, layer, whole_BTD, survivors.watched)
-            survivors.see(seen, whole_BTD.flatten(0, -2))
+            for some in batches(0, *fit_BT.shape):
+                whole_BTD[some], seen = watch(walk, layer, whole_BTD[some], survivors.watched)
+                survivors.see(seen, whole_BTD[some].flatten(0, -2))
             for i, target in enumerate(targets):
                 folds = {(word, layer): fold for word, fold in survivors.towards(target).folds().items()}
                 fits = {
@@ -93,23 +94,25 @@ def stand_ins(gram_FF: Tensor, kept_X: Tensor) -> Tensor:
 
     Args:
         gram_FF: second moment of the features, of any scale, in float64. If there is one more, that is a one, which
-            stays, and damps nothing.
+            stays, and only what varies is damped then.
         kept_X: which features stay.
 
     Returns:
         float64 ``[F, X]``: new features are the old ones, and the one, times this.
     """
-    features = len(kept_X)
+    features, lost_X = len(kept_X), ~kept_X
     kept_F = torch.cat([kept_X, kept_X.new_ones(len(gram_FF) - features)])
-    damping_F = _DAMPING * gram_FF.diagonal()
-    damping_F[features:] = 0.0
-    gram_KK = (gram_FF + damping_F.diag())[kept_F][:, kept_F]
-    gram_KK.diagonal().add_(1e-9 * gram_KK.diagonal().mean() + 1e-30)
+    varying_F = gram_FF.diagonal().clone()
+    if len(gram_FF) > features:
+        varying_F -= gram_FF[-1].square() / gram_FF[-1, -1]
+    gram_KK = gram_FF[kept_F][:, kept_F]
+    gram_KK.diagonal().add_(DAMPING * varying_F[kept_F] + 1e-9 * gram_KK.diagonal().mean() + 1e-30)
+    cross_KL = gram_FF[kept_F][:, :features][:, lost_X]
     found_FX = torch.eye(len(gram_FF), features, dtype=gram_FF.dtype, device=gram_FF.device)
-    found_FX[~kept_F] = 0.0
-    lost_L = (~kept_X).nonzero().flatten()
-    cross_KL = gram_FF[kept_F][:, lost_L]
-    found_FX[kept_F.nonzero(), lost_L] = torch.cholesky_solve(cross_KL, torch.linalg.cholesky(gram_KK))
+    found_FX[:, lost_X] = 0.0
+    found_KX = found_FX[kept_F]
+    found_KX[:, lost_X] = torch.cholesky_solve(cross_KL, torch.linalg.cholesky(gram_KK))
+    found_FX[kept_F] = found_KX
     return found_FX
 
 

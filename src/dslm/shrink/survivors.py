@@ -19,6 +19,14 @@ from dslm.shrink.tap import bias_of, reads_heads, with_one
 from dslm.shrink.walk import Walk
 from dslm.sizes import Sizes
 
+ENOUGH = 2
+"""Tokens for each FFN unit below which they are too few to tell what other units make up for; norms choose then."""
+
+
+def enough(tokens: int, sizes: Sizes) -> bool:
+    """Whether so many tokens tell what units and heads make up for of each other."""
+    return tokens >= ENOUGH * sizes.intermediate_size
+
 
 @dataclass(slots=True, eq=False)
 class Survivors:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,11 +64,8 @@ def silenced_losses(
                 survivors.see(seen, whole_BTD[some].flatten(0, -2))
             for i, target in enumerate(targets):
                 folds = {(word, layer): fold for word, fold in survivors.towards(target).folds().items()}
-                fits = {
-                    module: _stand_ins(walk, layer, name, survivors, folds)
-                    for name, module in modules.items()
-                }
-                with _silenced(fits):
+                cuts = {module: _cut(walk, layer, name, survivors, folds) for name, module in modules.items()}
+                with _silenced(cuts):
                     streams[i] = walk.run(layer, streams[i])
         if progress is not None:
             progress("measuring cuts", layer + 1, len(walk.blocks))
@@ -75,22 +73,44 @@ def silenced_losses(
         return [mean_loss(logits, stream, ids_BT, walk.device) for stream in streams]
 
 
-def _stand_ins(
-    walk: Walk, layer: int, name: str, survivors: Survivors, folds: Mapping[Key, Fold]
-) -> Tensor | None:
-    """What a writer shall read, from what it reads, ``[F, X]``; None where nothing of that goes."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    """What becomes of the features that a writer reads.
+
+    Attributes:
+        kept_X: which stay as they are.
+        fit_KL: from those, and a one where there is a row for it, those that go; None where they are silent.
+    """
+
+    kept_X: Tensor
+    fit_KL: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The features ``[..., X]`` afterwards."""
+        if self.fit_KL is None:
+            return x * self.kept_X
+        staying = x[..., self.kept_X]
+        if len(self.fit_KL) > staying.shape[-1]:
+            staying = with_one(staying)
+        after = x.clone()
+        after[..., ~self.kept_X] = staying @ self.fit_KL
+        return after
+
+
+def _cut(walk: Walk, layer: int, name: str, survivors: Survivors, folds: Mapping[Key, Fold]) -> _Cut | None:
+    """What becomes of what a writer reads; None where nothing of that goes."""
     sizes = walk.weights.family.dimensions(walk.weights.config)
     fold = axis_fold(walk.places[name].line.spec.axes[1], layer, folds, sizes)
     if fold is None:
         return None
     kept_X = (fold.group_S >= 0).to(walk.device)
-    if survivors.refitted:
-        return stand_ins(survivors.second_moment(name), kept_X).float()
-    return kept_X.float().diag()
+    if not survivors.refitted:
+        return _Cut(kept_X, None)
+    return _Cut(kept_X, stand_ins(survivors.second_moment(name), kept_X).float())
 
 
 def stand_ins(gram_FF: Tensor, kept_X: Tensor) -> Tensor:
-    """The features that stay as they are, and those that go by damped least squares from those that stay.
+    """The features that go by damped least squares from those that stay.
 
     Args:
         gram_FF: second moment of the features, of any scale, in float64. If there is one more, that is a one, which
@@ -98,34 +118,30 @@ def stand_ins(gram_FF: Tensor, kept_X: Tensor) -> Tensor:
         kept_X: which features stay.
 
     Returns:
-        float64 ``[F, X]``: new features are the old ones, and the one, times this.
+        float64 ``[K, L]``: what goes is what stays, and behind it the one, times this.
     """
-    features, lost_X = len(kept_X), ~kept_X
+    features = len(kept_X)
     kept_F = torch.cat([kept_X, kept_X.new_ones(len(gram_FF) - features)])
     varying_F = gram_FF.diagonal().clone()
     if len(gram_FF) > features:
         varying_F -= gram_FF[-1].square() / gram_FF[-1, -1]
-    gram_KK = gram_FF[kept_F][:, kept_F]
+    rows_KF = gram_FF[kept_F]
+    gram_KK, cross_KL = rows_KF[:, kept_F], rows_KF[:, :features][:, ~kept_X]
     gram_KK.diagonal().add_(DAMPING * varying_F[kept_F] + 1e-9 * gram_KK.diagonal().mean() + 1e-30)
-    cross_KL = gram_FF[kept_F][:, :features][:, lost_X]
-    found_FX = torch.eye(len(gram_FF), features, dtype=gram_FF.dtype, device=gram_FF.device)
-    found_FX[:, lost_X] = 0.0
-    found_KX = found_FX[kept_F]
-    found_KX[:, lost_X] = torch.cholesky_solve(cross_KL, torch.linalg.cholesky(gram_KK))
-    found_FX[kept_F] = found_KX
-    return found_FX
+    fit_KL: Tensor = torch.cholesky_solve(cross_KL, torch.linalg.cholesky(gram_KK))
+    return fit_KL
 
 
 @contextmanager
-def _silenced(fits: Mapping[nn.Module, Tensor | None]) -> Iterator[None]:
+def _silenced(cuts: Mapping[nn.Module, _Cut | None]) -> Iterator[None]:
     """Change what some modules read."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        fit_FX, x = fits[module], args[0]
-        assert fit_FX is not None, "only those that change are hooked"
-        return ((x if len(fit_FX) == x.shape[-1] else with_one(x)) @ fit_FX, *args[1:])
+        cut = cuts[module]
+        assert cut is not None, "only those that change are hooked"
+        return (cut(args[0]), *args[1:])
 
-    handles = [module.register_forward_pre_hook(hook) for module, fit in fits.items() if fit is not None]
+    handles = [module.register_forward_pre_hook(hook) for module, cut in cuts.items() if cut is not None]
     try:
         yield
     finally:

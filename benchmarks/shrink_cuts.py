@@ -12,8 +12,6 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
-
 from dslm.checkpoint.source import open_checkpoint
 from dslm.load import load_tokenizer
 from dslm.shrink.capture import captured, damage, shares_cut
@@ -68,11 +66,11 @@ def main() -> None:
         "second": cut(tokenizer, asked.second.read_text(encoding="utf-8"), asked.evaluate, seed=1),
     }
     windows = Windows(calibration[4:], calibration[:4], checks)
-    known = captured(weights, windows)
     survey = survey_stream(Walk(weights), few(windows.fit), tied=sizes.tied)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        felt: dict[str, torch.Tensor] = importance(Walk(weights), windows.fit, Path(folder))
+        felt = importance(Walk(weights), windows.fit, Path(folder))
+        known = captured(weights, windows, Recipe(), lambda: felt)
         for shape in asked.shapes:
             sizes_asked = dict(zip(WORDS, map(int, shape.split(",")), strict=True))
             target = sizes.replace(**sizes_asked)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 import shrinking
+from dslm.shrink.capture import Capture
+from dslm.shrink.recipe import Recipe
+from dslm.shrink.search import search
 from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes, count_parameters
 
@@ -36,3 +39,9 @@ def sizes_of(weights) -> Sizes:
 
 def total(weights) -> int:
     return count_parameters(weights.family, weights.config)["total"]
+
+
+def captured(weights, windows, recipe: Recipe | None = None) -> Capture:
+    """What a search finds out before it builds anything."""
+    wanted = round(0.9 * total(weights))
+    return search(weights, wanted, windows, build=0, recipe=recipe, device="cpu").known

@@ -14,12 +14,11 @@ from dslm.resizing import resize
 from dslm.shrink import rebuild as rebuild_module
 from dslm.shrink import search as search_module
 from dslm.shrink.calibrate import Calibration
-from dslm.shrink.capture import captured
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.search import ranked, search
 from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes, count_parameters
-from searching import MODELS, NAMES, sizes_of, total
+from searching import MODELS, NAMES, captured, sizes_of, total
 
 cache, llama = searching.cache, searching.llama  # fixtures
 
@@ -28,7 +27,7 @@ cache, llama = searching.cache, searching.llama  # fixtures
 def test_what_is_found_is_legal_near_and_measured_first(family, variant, tmp_path):
     source = shrinking.make_source(tmp_path / "tiny", family, variant)
     weights, wanted = Stored(source), round(0.75 * count_parameters(source.family, source.config)["total"])
-    found = search(weights, wanted, shrinking.windows(), build=2, device="cpu")
+    found = search(weights, wanted, shrinking.windows(), build=2, device="cpu").shapes
     measured = [shape.measured for shape in found if shape.measured is not None]
     assert 1 <= len(measured) <= 2
     assert measured == sorted(measured)
@@ -50,7 +49,7 @@ def test_what_is_measured_is_what_down_gets(llama, tmp_path, monkeypatch):
     given = _calibration()
     monkeypatch.setattr(search_module, "calibration", given)
     windows = search_module.read_windows(llama.checkpoint, ["self"], samples=24, length=20)
-    best = search(llama, round(0.8 * total(llama)), windows, build=1, device="cpu")[0]
+    best = search(llama, round(0.8 * total(llama)), windows, build=1, device="cpu").shapes[0]
     monkeypatch.setattr(down_module, "calibration", given)
     done = shrinking.down(llama.checkpoint, tmp_path / "out", best.sizes)
     assert done.losses["held-out"][1] == best.measured
@@ -63,7 +62,7 @@ def _calibration():
 
 
 def test_shapes_that_are_built_differ_in_more_than_their_ffn(llama):
-    found = search(llama, round(0.6 * total(llama)), shrinking.windows(), build=4, device="cpu")
+    found = search(llama, round(0.6 * total(llama)), shrinking.windows(), build=4, device="cpu").shapes
     built = [s.sizes.replace(intermediate_size=0) for s in found if s.measured is not None]
     assert len(set(built)) == len(built) > 1
 
@@ -82,12 +81,16 @@ def test_the_loss_is_asked_once_for_all_shapes_and_not_by_one_that_only_loses_la
     ):
         builder.built(search_module.Scored(llama.checkpoint.sizes.replace(**change), 0, 0.0))
         assert len(asked) == times
+    asked.clear()
+    shapes = search(llama, round(0.6 * total(llama)), shrinking.windows(), build=3, device="cpu").shapes
+    assert sum(shape.measured is not None for shape in shapes) == 3
+    assert len(asked) == 1, "what single cuts cost and what is built share the answer"
 
 
 def test_nothing_is_built_unless_asked(llama, monkeypatch):
     monkeypatch.setattr(search_module, "approximate", None)
     wanted = round(0.8 * total(llama))
-    found = search(llama, wanted, shrinking.windows(), build=0, device="cpu")
+    found = search(llama, wanted, shrinking.windows(), build=0, device="cpu").shapes
     assert found == ranked(captured(llama, shrinking.windows()), llama, wanted)
     assert all(shape.measured is None for shape in found)
 
@@ -97,10 +100,10 @@ def test_what_is_redundant_is_found_to_cost_nothing(llama, tmp_path):
     plan = plan_growth(source.name, source.family, source.config, source.sizes.replace(intermediate_size=96))
     resize(source, plan, tmp_path / "grown")
     grown, windows = Stored(open_folder(tmp_path / "grown")), shrinking.windows()
-    found = search(grown, total(llama), windows, build=6, device="cpu")
+    found = search(grown, total(llama), windows, build=6, device="cpu").shapes
     (same,) = (s for s in found if s.measured is not None and _but_ffn(s.sizes) == _but_ffn(sizes_of(llama)))
     assert same.sizes.intermediate_size >= 48
-    assert same.measured == pytest.approx(captured(llama, windows, device="cpu").base, abs=1e-4)
+    assert same.measured == pytest.approx(captured(llama, windows).base, abs=1e-4)
 
 
 def _but_ffn(sizes: Sizes) -> Sizes:

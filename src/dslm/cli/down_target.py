@@ -94,7 +94,7 @@ def search_shapes(
             device=device,
             progress=progress,
         )
-        return search(
+        found = search(
             Stored(source),
             wanted_parameters(source, options),
             windows,
@@ -105,3 +105,4 @@ def search_shapes(
             folder=None if output is None else folder_above(output),
             progress=progress,
         )
+    return found.shapes

@@ -168,7 +168,6 @@ def _measure(
     method: str,
     quiet: bool,
 ) -> _Measured:
-    from dslm.shrink.capture import captured
     from dslm.shrink.recipe import Recipe
     from dslm.shrink.search import ranked, read_windows, search
     from dslm.shrink.weights import Stored
@@ -179,23 +178,22 @@ def _measure(
     with progress_bar(quiet=quiet) as progress:
         samples, length = measuring["samples"], measuring["sequence_length"]
         windows = read_windows(source, texts, samples=samples, length=length, progress=progress)
-        known = captured(weights, windows, recipe=recipe, progress=progress)
-        shapes = search(
+        found = search(
             weights,
             wanted,
             windows,
-            known=known,
             build=measuring["build"],
             untie=untie,
             recipe=recipe,
             progress=progress,
         )
-    picture = [SizePoint(1.0, now, known.base)]
+    base = found.known.base
+    picture = [SizePoint(1.0, now, base)]
     for share in _SHARES:
         with suppress(SizeError):  # smaller than the smallest shape there is
-            best = ranked(known, weights, round(share * now), untie=untie, recipe=recipe)[0]
+            best = ranked(found.known, weights, round(share * now), untie=untie, recipe=recipe)[0]
             picture.append(SizePoint(share, best.parameters, best.predicted))
-    return _Measured(wanted, now, known.base, shapes, picture)
+    return _Measured(wanted, now, base, found.shapes, picture)
 
 
 def _report_measured(source: Checkpoint, found: _Measured, count: int, *, as_json: bool) -> None:

@@ -6,10 +6,8 @@ What goes is chosen on other tokens than its loss is measured on, except for lay
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +16,6 @@ from dslm.errors import VerificationError
 from dslm.progress import Progress
 from dslm.shrink.cache import keep, place_of, read_kept
 from dslm.shrink.encoder import survey_stream
-from dslm.shrink.importance import importance
 from dslm.shrink.rebuild import Windows
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.silence import silenced_losses
@@ -34,9 +31,6 @@ AXES = ("layers", "units", "kv_groups", "group_heads", "stream")
 
 Points = tuple[tuple[float, float], ...]
 """Shares of an axis that are cut, rising, and what each costs in nats per token."""
-
-FIT, HELD_OUT = 16, 4
-"""Windows at most on which is chosen what goes, and a candidate is rebuilt, and on which that is measured."""
 
 _WINDOWS, _TOKENS = 2, 256  # of the held-out ones: damages are differences on the same tokens, which need few
 _LEAST, _MOST = 1e-4, 100.0  # nats: a cut that seems to do good is noise; one that overflows is hopeless
@@ -210,28 +204,36 @@ def _static(units: Points) -> Points:
 def captured(
     weights: Stored,
     windows: Windows,
+    recipe: Recipe,
+    felt: Callable[[], Mapping[str, Tensor]],
     *,
-    recipe: Recipe | None = None,
     device: str = "auto",
-    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Capture:
     """The capture of a model, in one process, from the user's cache where it was made before.
 
-    A cache that cannot be read is made anew, and one that cannot be written is done without. Arguments and errors as of
-    `search`.
+    A cache that cannot be read is made anew, and one that cannot be written is done without.
+
+    Args:
+        weights: the model.
+        windows: on which is chosen what goes, and of the held-out ones a few to measure on.
+        recipe: as of `capture`.
+        felt: gives what `dslm.shrink.importance` does; it is called where nothing is in the cache.
+        device: one of `dslm.load.DEVICES`.
+        progress: called with a label, what is done and what there is in all.
+
+    Raises:
+        VerificationError: the model's loss is not finite.
     """
-    fit_BT, ids_BT, recipe = windows.fit[:FIT], few(windows.held_out), recipe or Recipe()
-    by_loss = recipe.solve and recipe.by_loss
-    settings = [recipe.solve, by_loss, recipe.solve and recipe.weigh_tokens]
-    place = place_of("captures", weights.checkpoint, [_FORMAT, settings, fit_BT.tolist(), ids_BT.tolist()])
+    ids_BT = few(windows.held_out)
+    settings = [recipe.solve, recipe.asks_loss, recipe.solve and recipe.weigh_tokens]
+    tokens = [windows.fit.tolist(), ids_BT.tolist()]
+    place = place_of("captures", weights.checkpoint, [_FORMAT, settings, tokens])
     sizes = Sizes.from_config(weights.family, weights.config)
     found = _whole(read_kept(place), sizes)
     if found is None:
         walk = Walk(weights, walking_device(device))
-        with tempfile.TemporaryDirectory(prefix=".dslm.", dir=folder) as room:
-            felt = importance(walk, fit_BT, Path(room), progress) if by_loss else {}
-            found = capture(walk, fit_BT, ids_BT, sizes, recipe, felt, progress)
+        found = capture(walk, windows.fit, ids_BT, sizes, recipe, felt(), progress)
         keep(place, {"base": found.base, "damages": found.damages})
     return found
 

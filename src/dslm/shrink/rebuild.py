@@ -209,7 +209,7 @@ def importance_for(
     Arguments as of `rebuild`; the teacher is that of its source. The result is as of `importance`.
     """
     sizes = Sizes.from_config(teacher.weights.family, teacher.weights.config)
-    asks = recipe.solve and recipe.by_loss and _insides(sizes) != _insides(target)
+    asks = recipe.asks_loss and _insides(sizes) != _insides(target)
     return importance(teacher, windows.fit, folder, progress) if asks else {}
 
 

@@ -41,6 +41,11 @@ class Recipe:
         return cls(solve=solve, gap_steps=steps, last_steps=steps, refine=steps)
 
     @property
+    def asks_loss(self) -> bool:
+        """Whether the loss is asked what it feels of units and heads."""
+        return self.solve and self.by_loss
+
+    @property
     def takes_steps(self) -> bool:
         """Whether some block takes optimiser steps; a plain cut takes only those that every block takes."""
         return bool(self.refine or (self.solve and (self.gap_steps or self.last_steps)))

@@ -18,7 +18,7 @@ from dslm.checkpoint.reader import Checkpoint
 from dslm.progress import Progress
 from dslm.shrink.approximate import approximate
 from dslm.shrink.calibrate import calibration
-from dslm.shrink.capture import FIT, HELD_OUT, Capture, captured, damage, shares_cut
+from dslm.shrink.capture import Capture, captured, damage, shares_cut
 from dslm.shrink.rebuild import Windows, importance_for
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
@@ -32,6 +32,9 @@ from dslm.targets_down import shrink_candidates
 LEFT = {"layers": 0.5, "units": 0.8, "kv_groups": 0.75, "group_heads": 0.85, "stream": 0.7}
 """Share of an axis's damage that is left after re-reading, from cuts of SmolLM2-135M (``benchmarks/shrink_cuts.py``);
 it only matters for ranking cuts of one axis against cuts of another."""
+
+FIT, HELD_OUT = 16, 4
+"""Windows at most on which is chosen what goes and a candidate is rebuilt, and on which its loss is measured."""
 
 _ENOUGH = 32  # windows of calibration text, an eighth of them held out
 _CANDIDATES, _NEAR, _NEARER = 512, 0.02, 0.01
@@ -54,6 +57,19 @@ class Scored:
     predicted: float
     measured: float | None = None
     layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        known: what single cuts cost.
+        shapes: legal shapes near the size, those that were built by what was measured, then the rest by prediction.
+    """
+
+    known: Capture
+    shapes: list[Scored]
 
 
 def read_windows(
@@ -79,26 +95,25 @@ def search(
     parameters: int,
     windows: Windows,
     *,
-    known: Capture | None = None,
     build: int = 3,
     untie: bool = False,
     recipe: Recipe | None = None,
     device: str = "auto",
     folder: Path | None = None,
     progress: Progress | None = None,
-) -> list[Scored]:
-    """Legal shapes near a number of parameters, best first: those that were built by what was measured, then the rest.
+) -> Found:
+    """Legal shapes near a number of parameters, best first.
 
     Args:
         weights: the model to shrink.
         parameters: how many the result should have.
         windows: calibration tokens; few are used (`FIT`, `HELD_OUT`).
-        known: what cuts cost, where that is already in hand.
         build: how many shapes to build; of shapes that differ only in their FFN the best is.
         untie: the result has two tables.
         recipe: how they are built.
         device: one of `dslm.load.DEVICES`.
-        folder: where blocks that are built lie for the time being, float32; None: where temporary files go.
+        folder: where blocks that are built lie for the time being, float32, and what the loss feels, if that is large;
+            None: where temporary files go.
         progress: called with a label, what is done and what there is in all.
 
     Raises:
@@ -106,19 +121,18 @@ def search(
         VerificationError: the model's loss is not finite.
     """
     recipe = recipe or Recipe()
-    known = known or captured(
-        weights, windows, recipe=recipe, device=device, folder=folder, progress=progress
-    )
-    shapes = ranked(known, weights, parameters, untie=untie, recipe=recipe)
-    best: dict[Sizes, Scored] = {}
-    for shape in shapes:
-        best.setdefault(shape.sizes.replace(intermediate_size=0), shape)
-    chosen = list(best.values())[:build]
+    windows = Windows(windows.fit[:FIT], windows.held_out[:HELD_OUT], {})
     with tempfile.TemporaryDirectory(prefix=".dslm.", dir=folder) as room:
         builder = _Builder(weights, windows, recipe, device, Path(room), progress)
+        known = captured(weights, windows, recipe, builder.felt_anywhere, device=device, progress=progress)
+        shapes = ranked(known, weights, parameters, untie=untie, recipe=recipe)
+        best: dict[Sizes, Scored] = {}
+        for shape in shapes:
+            best.setdefault(shape.sizes.replace(intermediate_size=0), shape)
+        chosen = list(best.values())[:build]
         built = [builder.built(shape) for shape in chosen]
     built.sort(key=lambda s: math.inf if s.measured is None or math.isnan(s.measured) else s.measured)
-    return built + [shape for shape in shapes if shape not in chosen]
+    return Found(known, built + [shape for shape in shapes if shape not in chosen])
 
 
 def ranked(
@@ -148,7 +162,7 @@ class _Builder:
     """Builds shapes as ``down`` does, on few windows, and measures their loss.
 
     Attributes as the arguments of `search`, and:
-        felt: what the loss feels in the model, once a shape that loses units or heads was built.
+        felt: what the loss feels in the model, once it was asked.
     """
 
     weights: Stored
@@ -165,20 +179,24 @@ class _Builder:
         before, target = Sizes.from_config(reduced.family, reduced.config), shape.sizes
         if before == target:
             walk = Walk(reduced, walking_device(self.device))
-            loss = removal_losses(walk, self.windows.held_out[:HELD_OUT], [frozenset()])[0]
+            loss = removal_losses(walk, self.windows.held_out, [frozenset()])[0]
             return replace(shape, measured=loss, layers=tuple(range(before.num_hidden_layers)))
         check_groups(before, target, reduced.family, reduced.config)
-        windows = Windows(self.windows.fit[:FIT], self.windows.held_out[:HELD_OUT], {})
-        felt = self._felt(target, windows) if reduced is self.weights else None
+        felt = self._felt(target) if reduced is self.weights else None
         with tempfile.TemporaryDirectory(dir=self.folder) as room:
             found = approximate(
-                reduced, target, windows, Path(room), recipe=self.recipe, felt=felt, device=self.device,
+                reduced, target, self.windows, Path(room), recipe=self.recipe, felt=felt, device=self.device,
                 progress=self.progress,
             )  # fmt: skip
         return replace(shape, measured=found.losses["held-out"][1], layers=found.base.layers)
 
-    def _felt(self, target: Sizes, windows: Windows) -> Mapping[str, Tensor]:
+    def felt_anywhere(self) -> Mapping[str, Tensor]:
+        """What the loss feels in the model, for whatever may go."""
+        sizes = Sizes.from_config(self.weights.family, self.weights.config)
+        return self._felt(sizes.replace(intermediate_size=0))
+
+    def _felt(self, target: Sizes) -> Mapping[str, Tensor]:
         if not self.felt:  # a shape that only loses layers does not ask
             walk = Walk(self.weights, walking_device(self.device))
-            self.felt = importance_for(walk, target, windows, self.folder, self.recipe, self.progress)
+            self.felt = importance_for(walk, target, self.windows, self.folder, self.recipe, self.progress)
         return self.felt

@@ -52,15 +52,13 @@ def silenced_losses(
     whole_BTD = walk.embed(fit_BT)
     streams = [walk.embed(ids_BT)] * len(targets)
     refitted = recipe.solve and enough(fit_BT.numel(), sizes)
-    nothing = sizes.replace(
-        intermediate_size=0, num_attention_heads=0
-    )  # a target for which all has to be seen
+    nothing = sizes.replace(intermediate_size=0, num_attention_heads=0)  # so that every writer is watched
     for layer in range(len(walk.blocks)):
         with walk.block(layer):
             modules = {name: m for m, name in walk.linears(layer).items() if writes_stream(walk, name)}
             survivors = Survivors(
                 walk, sizes, nothing, list(modules), felt, refitted=refitted, weigh_tokens=recipe.weigh_tokens
-            )  # fmt: skip
+            )
             for some in batches(0, *fit_BT.shape):
                 whole_BTD[some], seen = watch(walk, layer, whole_BTD[some], survivors.watched)
                 survivors.see(seen, whole_BTD[some].flatten(0, -2))

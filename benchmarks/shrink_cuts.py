@@ -29,7 +29,8 @@ from measure import save
 SHAPES = (
     "30,1152,576,9,3", "30,768,576,9,3", "30,240,576,9,3",  # FFN units
     "30,1536,576,6,3", "30,1536,576,6,2", "30,1536,504,9,3",  # query heads, groups of heads, stream
-    "24,1536,576,9,3", "28,1280,576,9,3", "22,1104,432,9,3", "23,640,576,6,2",  # layers, and several together
+    "24,1536,576,9,3", "28,1280,576,9,3",  # layers, layers and units
+    "22,1104,432,9,3", "23,640,576,6,2", "28,464,576,6,2",  # half the size
 )  # fmt: skip
 """Layers, FFN units, hidden size, query heads, key-value heads."""
 WORDS = (

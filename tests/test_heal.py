@@ -1,6 +1,8 @@
 """``dslm down --heal-tokens``: a short distillation straight after a shrink."""
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import growing
 import training
 from calling import one_line
 from dslm.errors import VerificationError
+from dslm.train.trainer import GroupTrainer
+from training import metrics
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
 pytestmark = training.WARNINGS
@@ -45,9 +49,34 @@ def test_healing_that_fails_leaves_the_shrunk_model(call, model, data, tmp_path,
     options = ["--intermediate-size", 32, "--calibration", data, "--samples", 8, "--sequence-length", 32]
     code, _, err = call("down", model, "-o", out, *options, "--heal-tokens", "20k")
     assert code == 1
-    assert f"{out} is shrunk, not healed; dslm train {out} --teacher source does that" in err
+    train = f"dslm train {out} -o {out}-healed --teacher {model} --tokens 20k --data {data}"
+    assert f"{out} is shrunk, not healed; {train} does that" in err
     assert "the loss is nan" in err
     assert growing.load(out, torch.float32).config.intermediate_size == 32
+
+
+def test_healing_that_broke_off_goes_on_as_it_says(call, model, data, tmp_path, monkeypatch):
+    options = ["--intermediate-size", 32, "--calibration", data, "--samples", 8, "--sequence-length", 32]
+    options += ["--heal-tokens", "20k", "--seed", 3, "-q"]
+    assert call("down", model, "-o", tmp_path / "whole", *options)[0] == 0
+    out = tmp_path / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        step, steps = GroupTrainer.training_step, []
+
+        def breaks(self, *args, **kwargs):
+            steps.append(1)
+            if len(steps) == 8:
+                raise VerificationError("broken off")
+            return step(self, *args, **kwargs)
+
+        patch.setattr(GroupTrainer, "training_step", breaks)
+        code, _, err = call("down", model, "-o", out, *options)
+    assert (code, "broken off" in err, f"{out} is shrunk, not healed" in err) == (1, True, True)
+    said = re.search("not healed; dslm (.*) does that", err)
+    code, _, err = call(*shlex.split(said[1]), "-q")
+    assert code == 0, err
+    assert metrics(out) == metrics(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "whole"]
 
 
 @pytest.mark.parametrize(

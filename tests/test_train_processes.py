@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import calling
 import training
@@ -27,8 +30,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(count: int, launching: list, arguments: list) -> tuple[str, str]:
-    """Run so many launchers with a command each, and wait; stdout and stderr of all."""
+def launch(count: int, launching: list, arguments: list, *, code: int = 0) -> tuple[str, str]:
+    """Run so many launchers with a command each, and wait; stdout and stderr of all. Each ends with the code."""
     command = [sys.executable, "-m", "torch.distributed.run", *launching, *arguments]
     running = [
         subprocess.Popen(
@@ -45,7 +48,7 @@ def launch(count: int, launching: list, arguments: list) -> tuple[str, str]:
     finally:
         for one in running:
             one.kill()
-    assert [one.returncode for one in running] == [0] * count, said
+    assert [one.returncode for one in running] == [code] * count, said
     return "".join(out for out, _ in said), "".join(err for _, err in said)
 
 
@@ -77,3 +80,26 @@ def test_a_grown_model_cut_up_over_processes_learns_from_its_source_as_whole(cal
     assert stderr.count("LlamaDecoderLayer") == 2 * 3  # what FSDP cut up, of each process
     code, said, _ = call("diff", whole, out, "--max-kl", 1e-6)
     assert code == 0, said
+
+
+@pytest.mark.parametrize("module", [AS_MODULE, ON_FSDP], ids=["replicas", "cut up"])
+def test_two_processes_write_an_adapter_and_merge_it(call, model, data, tmp_path, module):
+    whole, out = tmp_path / "one", tmp_path / "two"
+    options = [*OPTIONS, "--lora", "--lora-r", 4, "--merge", "-q"]
+    assert call("train", model, "-o", whole, "--data", data, *options, "--batch-size", 4)[0] == 0
+    train = ["train", model, "-o", out, "--data", data, *options, "--batch-size", 2]
+    launch(1, ["--nproc-per-node", 2, "--master-port", free_port()], [*module, *train])
+    code, said, _ = call("diff", whole, out, "--max-kl", 1e-6)
+    assert code == 0, said
+    ours, theirs = (load_file(place / "adapter" / "adapter_model.safetensors") for place in (out, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+
+
+def test_of_two_processes_one_says_why_a_run_is_refused(model, data, tmp_path):
+    train = ["train", model, "-o", tmp_path / "out", "--data", data, *OPTIONS, "--resume"]
+    launching = ["--nproc-per-node", 2, "--master-port", free_port()]
+    _, err = launch(1, launching, [*AS_MODULE, *train], code=1)
+    assert re.findall("^dslm: .*", err, re.MULTILINE) == [
+        f"dslm: error: there is no unfinished run in {tmp_path / 'out.run'}; leave out --resume to start one"
+    ]

@@ -24,6 +24,25 @@ def test_a_model_that_is_too_narrow_for_four_bits_is_refused(call, model, data, 
     assert "train with --lora instead" in err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("Using `bitsandbytes` 4-bit needs a newer one"),
+        RuntimeError("no such device is supported"),
+    ],
+)
+def test_where_bitsandbytes_cannot_run_four_bits_are_refused(error, call, model, data, tmp_path, monkeypatch):
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    def unfit(*args, **options):
+        raise error
+
+    monkeypatch.setattr(Bnb4BitHfQuantizer, "validate_environment", unfit)
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK, "--qlora")
+    assert (code, f"bitsandbytes cannot run here: {error}; train with --lora" in one_line(err)) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 REFUSED = {
     "no data": (["--data", "/no/such.txt"], "there is no file /no/such.txt"),
     "two ends": (["--tokens", "1k"], "tokens and steps were both given"),

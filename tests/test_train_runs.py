@@ -91,8 +91,9 @@ def test_a_broken_loss_stops_the_run_and_keeps_the_last_checkpoint(call, model, 
     options = [*QUICK, "--lr", 1e30, "--warmup", 0, "--save-every", 1, "--max-grad-norm", 0, "-q"]
     code, _, err = call("train", model, "-o", out, "--data", data, *options)
     assert code == 1
-    assert "the gradient's norm is nan at step 2; the last checkpoint before it is kept" in one_line(err)
-    assert "lower --learning-rate" in err
+    point = tmp_path / "out.run" / "checkpoint-1"
+    assert f"the gradient's norm is nan at step 2; {point} is the last checkpoint before it" in one_line(err)
+    assert "train with a lower --learning-rate, from there, or" in err
     assert not out.exists()
     assert (tmp_path / "out.run" / "loss.png").is_file()
     kept = list((tmp_path / "out.run").glob("checkpoint-*/model.safetensors"))
@@ -101,19 +102,45 @@ def test_a_broken_loss_stops_the_run_and_keeps_the_last_checkpoint(call, model, 
         assert all(math.isfinite(tensor.abs().max()) for tensor in load_file(path).values())
 
 
-def test_too_little_memory_says_what_to_lower(call, model, data, tmp_path, monkeypatch):
-    import dslm.train.run
+def test_too_little_memory_says_what_goes_on_with_less(call, model, data, tmp_path, monkeypatch):
+    from dslm.train.trainer import GroupTrainer
 
+    options = ("--data", data, *QUICK, "-q")
+    assert call("train", model, "-o", tmp_path / "whole", *options)[0] == 0
+    step, steps = GroupTrainer.training_step, []
+
+    def full(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(GroupTrainer, "training_step", full)
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    code, _, err = call("train", model, "-o", out, *options)
+    assert code == 1
+    assert f"not enough for 2 blocks of 16 tokens at once; checkpoints are kept in {run}" in one_line(err)
+    less = ["--gradient-checkpointing", "--batch-size", 1, "--gradient-accumulation", 2]
+    hint = f"give {less[0]} or {' '.join(map(str, less[1:]))}, with which --resume goes on; or lower --block-size"
+    assert hint in err
+    assert (run / "checkpoint-10").is_dir()
+    code, _, err = call("train", model, "-o", out, *options, "--resume", "--batch-size", 1)
+    assert (code, "batch_size was 2 and is 1" in one_line(err)) == (1, True)
+    code, _, err = call("train", model, "-o", out, *options, "--resume", *less)
+    assert code == 0, err
+    for ours, theirs in zip(metrics(out), metrics(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_what_is_too_large_before_the_run_begins_speaks_of_no_run(call, model, data, tmp_path, monkeypatch):
     def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise MemoryError
 
-    monkeypatch.setattr(dslm.train.run, "_run", full)
+    monkeypatch.setattr("dslm.train.run._prepare", full)
     code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK)
     assert code == 1
-    assert "the memory is not enough for 2 blocks of 16 tokens at once; checkpoints are kept in" in one_line(
-        err
-    )
-    assert "lower --batch-size or --block-size, or give --gradient-checkpointing" in err
+    assert "tokens at once; give --gradient-checkpointing or" in one_line(err)
+    assert "--resume" not in err
 
 
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(call, model, data, tmp_path, monkeypatch):
@@ -137,11 +164,15 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(call, model, data, tmp
     assert (tmp_path / "out.run" / "loss.png").is_file()
     assert len(steps) == 7
     monkeypatch.undo()
+    options = ("--data", data, *QUICK, "-q")
+    other = tmp_path / "other"
+    code, _, err = call("train", tmp_path / "out.run" / "checkpoint-7", "-o", other, *options)
+    assert code == 0, err  # a checkpoint is a model by itself
     assert call("train", model, "-o", out, "--data", data, *QUICK, "--resume", "-q")[0] == 0
 
 
 def test_ctrl_c_twice_stops_at_once(tmp_path):
-    watch = Watch(tmp_path, True, None, None, None)
+    watch = Watch(tmp_path, True, None, print, None, None)
     before = signal.getsignal(signal.SIGINT)
     with watch.listening():
         signal.raise_signal(signal.SIGINT)
@@ -153,7 +184,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
 
 def test_one_of_several_processes_stops_at_once(tmp_path):
     """It alone would wait for the others in the middle of a step that they never take."""
-    watch = Watch(tmp_path, False, None, None, None)
+    watch = Watch(tmp_path, False, None, print, None, None)
     with pytest.raises(KeyboardInterrupt), watch.listening():
         signal.raise_signal(signal.SIGINT)
 
@@ -162,7 +193,7 @@ def test_one_of_several_processes_stops_at_once(tmp_path):
     ("key", "word"), [("loss", "loss"), ("eval_loss", "loss"), ("grad_norm", "gradient's norm")]
 )
 def test_what_is_no_number_is_named(key, word, tmp_path):
-    watch = Watch(tmp_path, True, None, None, None)
+    watch = Watch(tmp_path, True, None, print, None, None)
     state = SimpleNamespace(global_step=3, is_world_process_zero=True, num_input_tokens_seen=5)
     with pytest.raises(VerificationError, match=f"the {word} is inf at step 3"):
         watch.on_log(None, state, None, {"loss": 1.0} | {key: math.inf})

@@ -16,7 +16,12 @@ class DslmError(Exception):
     Args:
         message: what happened, where, and what was expected.
         hint: what to do about it; empty when the message already says so.
+
+    Attributes:
+        told: another process of a distributed run has it too, and says so.
     """
+
+    told = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dslm.errors import DslmError, RecipeError
 from dslm.plan import Plan
 from dslm.shrink_plan import SELF, names_data_set
 from dslm.targets import parse_count
+from dslm.train.runs import check_run, goes_on_in_place, run_folder
 from dslm.train.settings import Training
 
 heal_tokens_option = click.option(
@@ -36,7 +38,6 @@ def check_healing(tokens: str | None, data: tuple[str, ...], out: Path | None, *
             raise RecipeError("--data is for healing", "say how long with --heal-tokens")
         return
     from dslm.train.run import need_packages
-    from dslm.train.runs import check_run, run_folder
 
     need_packages(_training(tokens, data))
     if out is not None:
@@ -114,7 +115,17 @@ def heal(
                 on_evaluation=None if quiet else tell_evaluation,
             )
     except (KeyboardInterrupt, DslmError):
-        remark(f"{out} is shrunk, not healed; dslm train {out} --teacher source does that", quiet=quiet)
+        remark(f"{out} is shrunk, not healed; {_how_to_heal(out, asked, tokens)} does that", quiet=False)
         raise
     before, after = done.perplexity
     return {"tokens": done.tokens, "perplexity": {"before": before, "after": after}, "seconds": done.seconds}
+
+
+def _how_to_heal(out: Path, asked: Training, tokens: str) -> str:
+    """The command that goes on with a run that broke off, or begins it."""
+    begun = goes_on_in_place(out, out)
+    place = ["-o", str(out), "--resume"] if begun else ["-o", f"{out}-healed"]
+    words = ["dslm", "train", str(out), *place, "--teacher", str(asked.teacher), "--tokens", tokens]
+    words += [word for source in asked.data for word in ("--data", source)]
+    words += ["--seed", str(asked.seed)] if asked.seed else []
+    return shlex.join(words + (["--device", "cpu"] if asked.device == "cpu" else []))

@@ -141,7 +141,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, click.ClickException):
         return _fail(error.format_message(), error.exit_code)
     if isinstance(error, DslmError):
-        return _fail(str(error))
+        return 1 if error.told else _fail(str(error))
     if isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
         hint = "; free some space and try again" if error.errno == errno.ENOSPC else ""

@@ -129,7 +129,7 @@ def command(
     torchrun --nproc-per-node N -m dslm.cli.main train ...
     """
     from dslm.train.run import train_checkpoint
-    from dslm.train.runs import run_folder
+    from dslm.train.runs import goes_on_in_place, run_folder
 
     if options["tokens"] is not None:
         options["tokens"] = parse_count(options["tokens"], "tokens")
@@ -147,6 +147,7 @@ def command(
                 base=recorded_name(model, source),
                 resume=resume,
                 overwrite=overwrite,
+                in_place=resume and goes_on_in_place(source.folder, output),
                 progress=progress,
                 on_evaluation=None if quiet_here else tell_evaluation,
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dslm.checkpoint.reader import Checkpoint
-from dslm.errors import RecipeError, tells_of_memory
+from dslm.errors import CheckpointError, RecipeError, tells_of_memory
 from dslm.load import load_model, need
 from dslm.train.settings import Training
 
@@ -37,10 +37,11 @@ def load_four_bit(checkpoint: Checkpoint, device: str) -> Any:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
         return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        if tells_of_memory(error):
+    except (CheckpointError, ImportError, RuntimeError, NotImplementedError, AttributeError) as error:
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        if cause is None or tells_of_memory(cause):
             raise
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(cause).split())[:200]
         raise RecipeError(f"bitsandbytes cannot run here: {why}", "train with --lora instead") from error
 
 

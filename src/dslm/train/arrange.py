@@ -120,7 +120,7 @@ def arrange(
     # One process cannot write with a model that is cut up over all.
     whole = not any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
     sample = sampler(model, tokenizer, prompt) if whole else None
-    watch = Watch(folder, alone, sample, progress, on_evaluation)
+    watch = Watch(folder, alone, sample, tokenizer.save_pretrained, progress, on_evaluation)
     trainer = GroupTrainer(
         scales=scales,
         model=model,

@@ -16,7 +16,7 @@ import torch
 from dslm.checkpoint.fingerprint import weights_hash
 from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.writer import check_output
-from dslm.errors import RecipeError, enough_memory
+from dslm.errors import DslmError, RecipeError, enough_memory
 from dslm.families import Tensor
 from dslm.grow.maps import Growth
 from dslm.load import check_token_ids, load_model, load_tokenizer, need, silence_transformers
@@ -80,15 +80,18 @@ def train_checkpoint(
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    if asked.freeze_old and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise RecipeError("--freeze-old holds parts of matrices still, which FSDP cuts up", "leave out FSDP")
+    cutting = [
+        name for name in ("FSDP", "DeepSpeed") if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")
+    ]
+    if asked.freeze_old and cutting:
+        what = "--freeze-old holds parts of matrices still"
+        raise RecipeError(f"{what}, which {cutting[0]} cuts up", f"leave out {cutting[0]}")
     processes = PartialState(cpu=asked.device == "cpu")
-    if processes.is_main_process:
-        check_run(run_folder(out), resume=resume, overwrite=overwrite)
-    with _enough_memory(asked, out):
+    _as_the_first(processes, lambda: check_run(run_folder(out), resume=resume, overwrite=overwrite))
+    with _enough_memory(asked):
         ready = _prepare(checkpoint, asked, processes, progress)
-    point = None
-    if processes.is_main_process:
+
+    def place() -> Path | None:
         facts = asked.as_dict() | {
             "model": checkpoint.name,
             "weights": weights_hash(checkpoint),
@@ -99,15 +102,16 @@ def train_checkpoint(
         }
         # A run that ended and could not write its output takes its last steps once more.
         below = count_steps(asked, ready.blocks, processes.num_processes)
-        point = prepare_run(run_folder(out), facts, below=below, resume=resume, overwrite=overwrite)
-    point = _same_everywhere(point, processes)
-    with _enough_memory(asked, out):
+        return prepare_run(run_folder(out), facts, below=below, resume=resume, overwrite=overwrite)
+
+    point = _as_the_first(processes, place)
+    with _enough_memory(asked, run_folder(out)):
         trainer, watch = arrange(
             ready.model, ready.tokenizer, asked, ready.blocks, ready.held_out, ready.scales, run_folder(out),
             progress=progress, on_evaluation=on_evaluation,
         )  # fmt: skip
         perplexity = _run(trainer, watch, point)
-        state = {} if asked.adapts else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, whatever cut it up
     result = Trained(
         folder=out,
         steps=trainer.state.global_step,
@@ -281,25 +285,39 @@ def _fingerprint(blocks: Blocks) -> str:
     return hashlib.sha256(blocks.ids.tobytes() + blocks.labels.tobytes()).hexdigest()[:16]
 
 
-def _same_everywhere(point: Path | None, processes: Any) -> Path | None:
-    """What the first process found, for all."""
-    if processes.num_processes == 1:
-        return point
-    from accelerate.utils import broadcast_object_list
+def _as_the_first(processes: Any, find: Callable[[], Path | None]) -> Path | None:
+    """What the first process finds, or is refused with, for all of them."""
+    found: Path | None = None
+    error: DslmError | None = None
+    if processes.is_main_process:
+        try:
+            found = find()
+        except DslmError as refused:
+            error = refused
+    if processes.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
 
-    told: list[Path | None] = broadcast_object_list([point])
-    return told[0]
+        found, error = broadcast_object_list([found, error])
+    if error is not None:
+        error.told = not processes.is_main_process
+        raise error
+    return found
 
 
-def _enough_memory(asked: Training, out: Path) -> AbstractContextManager[None]:
-    """What a lack of memory is told as."""
-    lower = ["--batch-size"] if asked.batch_size > 1 else []
-    lower += ["--block-size"]
-    other = "" if asked.gradient_checkpointing else ", or give --gradient-checkpointing"
+def _enough_memory(asked: Training, begun: Path | None = None) -> AbstractContextManager[None]:
+    """What a lack of memory is told as; what needs less leaves a run that has begun what it was."""
+    batch, batches, kept = asked.batch_size, asked.gradient_accumulation, ""
+    ways = [] if asked.gradient_checkpointing else ["--gradient-checkpointing"]
+    if batch > 1:
+        part = next(n for n in range(2, batch + 1) if batch % n == 0)
+        ways.append(f"--batch-size {batch // part} --gradient-accumulation {batches * part}")
+    hint = f"give {' or '.join(ways)}" if ways else ""
+    if begun is not None:
+        kept = f"; checkpoints are kept in {begun}"
+        hint += ", with which --resume goes on" if ways else ""
     return enough_memory(
-        f"for {asked.batch_size} blocks of {asked.block_size} tokens at once; "
-        f"checkpoints are kept in {run_folder(out)}",
-        f"lower {' or '.join(lower)}{other}",
+        f"for {batch} blocks of {asked.block_size} tokens at once{kept}",
+        f"{hint}; or lower --block-size" if ways else "lower --block-size",
     )
 
 
@@ -322,7 +340,7 @@ def _write(
         adapter = folder / "adapter"
         ready.model.peft_config["default"].base_model_name_or_path = run["base"]
         # Otherwise peft looks for the base on the hub.
-        ready.model.save_pretrained(adapter, save_embedding_layers=False)
+        ready.model.save_pretrained(adapter, state_dict=state, save_embedding_layers=False)
         if not asked.merge:
             save_adapter(checkpoint, adapter, out, run, extra, overwrite=overwrite)
             shutil.rmtree(folder)

@@ -78,6 +78,11 @@ def check_run(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def goes_on_in_place(model: Path | None, out: Path) -> bool:
+    """Whether an unfinished run is one that replaces the model itself, as ``down --heal-tokens`` does."""
+    return (run_folder(out) / _ASKED).is_file() and model is not None and model.resolve() == out.resolve()
+
+
 def last_checkpoint(folder: Path, below: int) -> Path | None:
     """The latest checkpoint before a step that is whole: its state is what the Trainer writes last."""
     steps = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from dslm.errors import VerificationError
 from dslm.progress import Progress
+from dslm.train.runs import last_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         folder: where the metrics are written.
         alone: there is no other process.
         sample: writes some text with the model; None if it cannot.
+        keep_beside: puts the tokenizer into the folder of a checkpoint, so that it is a model by itself.
         progress: called with a label, steps done and steps in all.
         on_evaluation: called with what each evaluation found.
     """
@@ -65,6 +67,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         folder: Path,
         alone: bool,
         sample: Callable[[], str] | None,
+        keep_beside: Callable[[Path], object],
         progress: Progress | None,
         on_evaluation: Callable[[Evaluation], None] | None,
     ) -> None:
@@ -72,6 +75,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.interrupted = False
         self._alone = alone
         self._sample, self._progress, self._on_evaluation = sample, progress, on_evaluation
+        self._keep_beside = keep_beside
         self._losses: list[float] = []
         self._note = ""
         self._begin, self._first = time.monotonic(), 0
@@ -119,6 +123,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         speed = (state.num_input_tokens_seen - self._first) / max(1e-9, time.monotonic() - self._begin)
         self._progress(f"training\t{self._note}{speed:,.0f} tokens/s", state.global_step, state.max_steps)
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete a checkpoint."""
+        if state.is_world_process_zero:
+            self._keep_beside(self.path.with_name(f"checkpoint-{state.global_step}"))
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Write a line of metrics.
 
@@ -131,11 +140,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return
         for key in ("loss", "eval_loss", "grad_norm"):
             if not math.isfinite(found.get(key, 0.0)):
-                some = any(self.path.parent.glob("checkpoint-*"))
-                kept = "the last checkpoint before it is kept" if some else "no checkpoint was before it"
+                point = last_checkpoint(self.path.parent, state.global_step + 1)
+                kept = f"{point} is the last checkpoint before it" if point else "no checkpoint was before it"
+                other = "" if point is None or not (point / "config.json").is_file() else ", from there"
                 raise VerificationError(
                     f"the {_WORDS[key]} is {found[key]} at step {state.global_step}; {kept}",
-                    "lower --learning-rate, or check the data and the model",
+                    f"train with a lower --learning-rate{other}, or check the data and the model",
                 )
         if "loss" in found:
             self._losses.append(found["loss"])

@@ -15,6 +15,7 @@ import argparse
 import math
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -84,16 +85,31 @@ def by_weights(source):
     return lambda power, writer: scores[float(writer.sum(dtype=torch.float64))].double()
 
 
+@dataclass(frozen=True)
+class Clock:
+    """A moment, or how long something took: by the wall, and of this process, which other work hardly changes."""
+
+    wall: float = field(default_factory=time.perf_counter)
+    cpu: float = field(default_factory=time.process_time)
+
+    def since(self) -> Clock:
+        now = Clock()
+        return Clock(now.wall - self.wall, now.cpu - self.cpu)
+
+    def and_(self, other: Clock) -> Clock:
+        return Clock(self.wall + other.wall, self.cpu + other.cpu)
+
+
 def forward_seconds(weights, ids_BT: torch.Tensor) -> float:
-    """Time of one pass of a model over some windows, blocks only, loaded and run as shrinking does."""
+    """CPU time of one pass of a model over some windows, blocks only, loaded and run as shrinking does."""
     walk = Walk(weights)
     stream = walk.embed(ids_BT)
-    begin = time.perf_counter()
+    begin = time.process_time()
     for layer in range(len(walk.blocks)):
         with walk.block(layer):
             for windows in batches(0, len(ids_BT), ids_BT.shape[1]):
                 stream[windows] = walk.run(layer, stream[windows])
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def calibration_windows(asked, source, tokenizer, rest: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +174,7 @@ def main() -> None:
     windows = Windows(fit, held_out, checks)
     layers: dict[tuple[Sizes, bool], tuple[int, ...]] = {}
     felt: dict[tuple[Sizes, bool], dict[str, torch.Tensor]] = {}
-    asking: dict[tuple[Sizes, bool], float] = {}
+    asking: dict[tuple[Sizes, bool], Clock] = {}
     choosing: dict[tuple[Sizes, bool], float] = {}
     rows = []
     for share in asked.keep:
@@ -177,28 +193,30 @@ def main() -> None:
             chosen = target, recipe.solve  # the ablations share layers, and what the loss feels
             with tempfile.TemporaryDirectory() as folder:
                 if chosen not in layers:
-                    best, begin = Recipe(solve=recipe.solve), time.perf_counter()
+                    best, clock = Recipe(solve=recipe.solve), Clock()
                     felt[chosen] = importance_for(Walk(Stored(source)), target, windows, Path(folder), best)
-                    asking[chosen] = time.perf_counter() - begin
+                    asking[chosen] = clock.since()
                     if asked.leave_out:
                         layers[chosen] = without(asked.leave_out, source.sizes, target)
                     else:
                         layers[chosen] = choose_layers(
                             Stored(source), target, stream, windows, Path(folder), recipe=best, felt=felt[chosen]
                         )  # fmt: skip
-                        choosing[chosen] = time.perf_counter() - begin - asking[chosen]
+                        choosing[chosen] = clock.since().wall - asking[chosen].wall
                 scores = by_weights(source) if method == "magnitude" else select.unit_scores
                 enough = math.inf if method == "no_surgeon" else survivors.ENOUGH
                 with (
                     mock.patch.object(select, "unit_scores", scores),
                     mock.patch.object(survivors, "ENOUGH", enough),
                 ):
-                    begin = time.perf_counter()
+                    clock = Clock()
                     found = rebuild(
                         Stored(source), target, layers[chosen], stream, windows, Path(folder), recipe=recipe,
                         felt=felt[chosen] if recipe.by_loss else {},
                     )  # fmt: skip
-                    seconds = time.perf_counter() - begin + asking[chosen] * recipe.by_loss
+                    took = clock.since()
+                    if recipe.by_loss:
+                        took = took.and_(asking[chosen])
                 passes = None
                 if not asked.untimed:
                     passes = sum(forward_seconds(weights, windows.all) for weights in (Stored(source), found))
@@ -216,9 +234,10 @@ def main() -> None:
                     "perplexity": {
                         text: [math.exp(loss) for loss in pair] for text, pair in found.losses.items()
                     },
-                    "seconds": seconds,
+                    "seconds": took.wall,
+                    "cpu_seconds": took.cpu,
                     "seconds_of_choosing_layers": choosing.get(chosen),
-                    "seconds_of_both_forward_passes": passes,
+                    "cpu_seconds_of_both_forward_passes": passes,
                 }
             )
             names = [name if name in ("articles", SELF) else Path(name).name for name in asked.calibration]

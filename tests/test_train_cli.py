@@ -1,6 +1,7 @@
 """``dslm train`` from end to end on a tiny model: each mode, and what it writes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ import pico
 import training
 from calling import one_line
 from dslm.checkpoint.reader import open_folder
+from dslm.texts import Row
 from dslm.train.growth import NEW
+from dslm.train.run import train_checkpoint
+from dslm.train.settings import Training
 from tokenizing import add_tokenizer
 from training import QUICK, metrics
 
@@ -85,12 +89,79 @@ def test_a_padding_token_that_the_table_lacks_is_not_used(call, data, tmp_path):
     assert code == 0, err
 
 
-def test_what_fsdp_cuts_up_cannot_be_frozen_in_parts(call, model, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_what_is_cut_up_cannot_be_frozen_in_parts(engine, call, model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
     asked = ["--data", data, *QUICK, "--freeze-old", "-q"]
     code, _, err = call("train", model, "-o", tmp_path / "out", *asked)
-    assert (code, "leave out FSDP" in one_line(err)) == (1, True)
+    assert (code, f"leave out {engine}" in one_line(err)) == (1, True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("growth", "chosen"),
+    [
+        (["-upm", 2, "--method", "padding"], "growth"),
+        (["--num-hidden-layers", 5], "growth"),
+        (["-upm", 2], "plain"),
+        (["-upm", 2, "--num-hidden-layers", 5], "plain"),
+    ],
+    ids=["padding", "blocks", "copies", "both"],
+)
+def test_a_growth_that_only_adds_is_trained_by_its_recipe_once(growth, chosen, call, model, data, tmp_path):
+    grown, out, again = tmp_path / "grown", tmp_path / "out", tmp_path / "again"
+    code, _, err = call("up", model, "-o", grown, *growth)
+    assert code == 0, err
+    asked = ["--data", data, *QUICK, "-q"]
+    for recipe, place in ((chosen, tmp_path / "same"), ("auto", out)):
+        assert call("train", grown, "-o", place, *asked, "--recipe", recipe)[0] == 0
+    assert metrics(out) == metrics(tmp_path / "same")
+    assert call("train", out, "-o", again, *asked)[0] == 0
+    trained = json.loads((again / "dslm.json").read_text())["trained"]
+    assert [run["settings"]["recipe"] for run in trained] == [chosen, "plain"]
+
+
+def test_a_teacher_stays_in_its_dtype(call, model, data, tmp_path, monkeypatch):
+    import dslm.train.run
+
+    teachers, give = [], dslm.train.run.give_loss
+
+    def seen(model, learn):
+        teachers.append(learn.teacher)
+        give(model, learn)
+
+    monkeypatch.setattr(dslm.train.run, "give_loss", seen)
+    half = pico.save(pico.make_model("llama", "gqa-tied", dtype=torch.bfloat16), tmp_path / "half")
+    add_tokenizer(half)
+    before = load_file(half / "model.safetensors")
+    asked = ["--data", data, *QUICK, "--teacher", half, "-q"]
+    code, _, err = call("train", model, "-o", tmp_path / "out", *asked)
+    assert code == 0, err
+    weights = {name: tensor for name, tensor in teachers[0].state_dict().items() if name in before}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights.items())
+
+
+def test_the_bar_shows_loss_and_speed(model, data, tmp_path):
+    told = []
+    asked = Training((str(data),), block_size=16, max_steps=8, device="cpu", learning_rate=1e-2)
+    train_checkpoint(open_folder(model), asked, tmp_path / "out", progress=lambda *what: told.append(what))
+    steps = [(label, done, whole) for label, done, whole in told if label.startswith("training")]
+    assert [(done, whole) for _, done, whole in steps] == [(number, 8) for number in range(1, 9)]
+    assert re.fullmatch(r"training\tloss \d\.\d{3}, [\d,]+ tokens/s", steps[-1][0])
+
+
+def test_a_data_set_on_the_hub_of_which_only_a_part_is_read_says_so(call, model, tmp_path, monkeypatch):
+    def rows(source, characters, progress):
+        return [Row(f"w{3 + i % 80} w{4 + i % 80} " * 20) for i in range(60)], source
+
+    monkeypatch.setattr("dslm.train.run.read_rows", rows)
+    asked = ["--data", "some/set", *QUICK[:4], "--device", "cpu", "--eval-every", 999]
+    code, _, err = call("train", model, "-o", tmp_path / "out", *asked)
+    assert code == 0, err
+    assert "of some/set no more is read than about 1,000,000 tokens; --tokens says how many" in err
+    code, _, err = call("train", model, "-o", tmp_path / "other", *asked, "--tokens", "1k")
+    assert (code, "some/set" in err) == (0, False)
 
 
 def test_the_dtype_of_the_source_is_kept(call, data, tmp_path):

@@ -74,14 +74,17 @@ def test_a_teacher_with_a_longer_table_is_read_up_to_the_student_s():
     assert torch.equal(divergence(long, short, 1.0), divergence(long[:, :10], short, 1.0))
 
 
-def test_logits_exist_a_piece_at_a_time():
-    model, ids = pico.make_model("llama", "mha"), pico.tokens()
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
-    give_loss(model, piece=PIECE)
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert max(seen) == 5
-    assert sum(seen) == 2 * 46  # once forward, once more for the gradient
+@pytest.mark.parametrize("taught", [False, True])
+def test_logits_exist_a_piece_at_a_time(taught):
+    model, teacher, ids = pico.make_model("llama", "mha"), pico.make_model("llama", "mha"), pico.tokens()
+    seen = {model: [], teacher: []}
+    for one, sizes in seen.items():
+        one.lm_head.register_forward_hook(lambda module, args, out, sizes=sizes: sizes.append(out.shape[0]))
+    give_loss(model, Distillation(teacher, 1.0, 0.5) if taught else None, piece=PIECE)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    for one, sizes in seen.items():
+        assert max(sizes, default=0) == (5 if one is model or taught else 0)
+        assert sum(sizes) == (2 * 46 if one is model or taught else 0)  # forward, and again for the gradient
 
 
 def test_a_batch_with_nothing_to_learn_has_a_loss_of_zero_and_gradients():

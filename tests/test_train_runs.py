@@ -26,8 +26,9 @@ model, call, data = calling.model, calling.call, training.data  # fixtures
 pytestmark = training.WARNINGS
 
 
-def test_a_run_goes_on_after_kill_9(call, model, data, tmp_path):
-    options = [*QUICK, "--max-steps", 24, "--eval-every", 4]
+@pytest.mark.parametrize("mode", ["--full", "--lora"])
+def test_a_run_goes_on_after_kill_9(mode, call, model, data, tmp_path):
+    options = [*QUICK, "--max-steps", 24, "--eval-every", 4, mode]
     assert call("train", model, "-o", tmp_path / "whole", "--data", data, *options, "-q")[0] == 0
     out, run = tmp_path / "out", tmp_path / "out.run"
     arguments = [str(a) for a in ("train", model, "-o", out, "--data", data, *options)]
@@ -52,7 +53,8 @@ def test_a_run_goes_on_after_kill_9(call, model, data, tmp_path):
     code, _, err = call("train", model, "-o", out, "--data", data, *options, "--resume")
     assert code == 0, err
     assert metrics(out) == metrics(tmp_path / "whole")
-    ours, theirs = (load_file(place / "model.safetensors") for place in (out, tmp_path / "whole"))
+    file = "model.safetensors" if mode == "--full" else "adapter_model.safetensors"
+    ours, theirs = (load_file(place / file) for place in (out, tmp_path / "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

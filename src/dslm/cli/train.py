@@ -86,7 +86,11 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     _setting("warmup", "Share of the steps in which it rises."),
     _setting("weight_decay", "Of matrices, decoupled."),
     _setting("max_grad_norm", "Longer gradients are cut; 0: none."),
-    _setting("recipe", "growth: rates by how dslm up grew the model.", type=click.Choice(RECIPES)),
+    _setting(
+        "recipe",
+        "growth: rates by how dslm up grew the model; auto: that, if it only added and did not copy.",
+        type=click.Choice(RECIPES),
+    ),
     _setting("freeze_old", "Train only what dslm up added."),
     _setting("teacher", "Learn from this model too; source: the one that dslm resized.", metavar="MODEL"),
     _setting("temperature", "Of the distillation."),

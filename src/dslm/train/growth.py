@@ -24,6 +24,7 @@ from dslm.families.axes import Role
 from dslm.grow.maps import Growth, build_growth
 from dslm.output import recorded
 from dslm.plan import Plan
+from dslm.train.settings import Training
 
 NEW = 1.3
 """Rate of new parameters beside that of old ones."""
@@ -66,6 +67,24 @@ def recorded_growth(checkpoint: Checkpoint) -> Growth:
     if plan.target != checkpoint.sizes:
         raise RecipeError(f"{checkpoint.name} does not have the sizes that its record says (dslm.json)", hint)
     return growth
+
+
+def chosen_recipe(checkpoint: Checkpoint, asked: Training) -> str:
+    """The recipe of a run; of ``auto`` the better one.
+
+    In ``benchmarks/growing_pays.py`` ``growth`` ends lower with each seed where a growth only added, and higher where
+    it copied. What was trained since it grew is new no more.
+    """
+    if asked.recipe != "auto":
+        return asked.recipe
+    if asked.adapts or asked.freeze_old or recorded(checkpoint).get("trained"):
+        return "plain"
+    try:
+        growth = recorded_growth(checkpoint)
+    except RecipeError:
+        return "plain"
+    copied = any(np.count_nonzero(~found.new) > found.size for found in growth.maps.values())
+    return "plain" if copied else "growth"
 
 
 def growth_scale(tensor: Tensor, growth: Growth) -> Scale:

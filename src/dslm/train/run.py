@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -21,16 +22,19 @@ from dslm.families import Tensor
 from dslm.grow.maps import Growth
 from dslm.load import check_token_ids, load_model, load_tokenizer, need, silence_transformers
 from dslm.progress import Progress
+from dslm.shrink_plan import names_data_set
 from dslm.texts import CHARACTERS, read_rows
 from dslm.train.adapters import add_adapters, load_four_bit, merge_adapter
 from dslm.train.data import Blocks, Document, hold_out, read_blocks, read_tokens, separates
-from dslm.train.growth import NEW, Scale, freeze_old, growth_scale, recorded_growth
+from dslm.train.growth import NEW, Scale, chosen_recipe, freeze_old, growth_scale, recorded_growth
 from dslm.train.loss import Distillation, give_loss
 from dslm.train.record import Trained, run_record
 from dslm.train.runs import check_run, prepare_run, run_folder
 from dslm.train.save import save_adapter, save_plain, table_lines
 from dslm.train.settings import Training, check_training
 from dslm.train.teacher import open_teacher
+
+log = logging.getLogger(__name__)
 
 _HUB_TOKENS = 1_000_000  # read of a data set on the hub where nobody says how many
 
@@ -72,6 +76,7 @@ def train_checkpoint(
     """
     begin = time.monotonic()
     check_training(asked)
+    asked = replace(asked, recipe=chosen_recipe(checkpoint, asked))
     need_packages(asked)
     from dslm.train.arrange import arrange, count_steps
 
@@ -230,6 +235,13 @@ def _documents(
     per_step = asked.batch_size * asked.gradient_accumulation * processes * asked.block_size
     wanted = asked.tokens or (asked.max_steps or 0) * per_step or _HUB_TOKENS
     characters = CHARACTERS * round(wanted / (1 - asked.held_out))
+    sets = [source for source in asked.data if names_data_set(source)]
+    if sets and not (asked.tokens or asked.max_steps):
+        log.info(
+            "of %s no more is read than about %s tokens; --tokens says how many",
+            ", ".join(sets),
+            f"{wanted:,}",
+        )
 
     def tokens(source: str) -> tuple[list[Document], str]:
         rows, origin = read_rows(source, characters, progress)

@@ -13,7 +13,7 @@ _MOST, _LAST_SEED = 10**15, 2**32 - 1
 """No count is larger, and no seed."""
 MODES = ("full", "lora", "qlora")
 SCHEDULES = ("cosine", "linear", "constant")
-RECIPES = ("plain", "growth")
+RECIPES = ("auto", "plain", "growth")
 PRECISIONS = ("auto", "float32", "bfloat16")
 RUNS_ON = ("auto", "cpu")
 LEARNING_RATES = {"full": 1e-4, "distilled": 3e-4, "lora": 2e-4, "qlora": 2e-4}
@@ -42,7 +42,8 @@ class Training:
         warmup: share of the steps in which it rises.
         weight_decay: of matrices, decoupled.
         max_grad_norm: longer gradients are cut to this; 0 cuts none.
-        recipe: ``growth`` scales rates by how the model was grown (`dslm.train.growth`).
+        recipe: ``growth`` scales rates by how the model was grown; ``auto`` does where that is known to end lower
+            (`dslm.train.growth.chosen_recipe`).
         freeze_old: train only what a growth added.
         teacher: a model to learn from; ``source`` is the one that this was resized from.
         temperature: of the distillation.
@@ -75,7 +76,7 @@ class Training:
     warmup: float = 0.05
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    recipe: str = "plain"
+    recipe: str = "auto"
     freeze_old: bool = False
     teacher: str | None = None
     temperature: float = 1.0

@@ -52,6 +52,10 @@ RECIPES = {
     "no_drift": Recipe(drift=False).closed(),
     "no_token_weights": Recipe(weigh_tokens=False).closed(),
     "no_rotation": Recipe().closed(),
+    "no_gap_steps": Recipe(gap_steps=0),
+    "no_last_steps": Recipe(last_steps=0),
+    "weak_ridge": Recipe(ridges=(0.03,)).closed(),  # instead of that which does best on held-out windows
+    "strong_ridge": Recipe(ridges=(0.3,)).closed(),
 }
 
 

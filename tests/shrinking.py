@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 import pico
 from dslm.checkpoint.reader import Checkpoint, open_folder
@@ -13,8 +16,13 @@ from dslm.errors import SizeError
 from dslm.plan import plan_shrink
 from dslm.shrink.down import Shrunk, shrink_checkpoint
 from dslm.shrink.rebuild import Windows
+from dslm.shrink.redundancy import exact_stage
+from dslm.shrink.weights import Stored, Weights
 from dslm.sizes import Sizes
+from growing import load, logits, off
 
+FLOAT32 = 3e-5
+"""How far the logits of two models that are the same may lie apart."""
 AXES = ("ffn", "heads", "kv_heads", "layers", "hidden", "all")
 
 
@@ -41,6 +49,34 @@ def down(source: Checkpoint, out: Path, target: Sizes, **options) -> Shrunk:
     """Shrink with a plan; the model writes its own calibration text."""
     plan = plan_shrink(source.name, source.family, source.config, target, samples=24, length=20, **options)
     return shrink_checkpoint(source, plan, out, device="cpu")
+
+
+def distance(one: Path, other: Path, dtype: torch.dtype = torch.float32, seed: int = 1) -> float:
+    """How far two checkpoints' logits lie apart, relative to the largest."""
+    ids = pico.tokens(seed)
+    return off(*(logits(load(folder, dtype), ids) for folder in (one, other)))
+
+
+def loss_of(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Nats per predicted token, as stock transformers computes the logits."""
+    logits_NV = logits(model, ids)[:, :-1].flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(logits_NV, ids[:, 1:].flatten()))
+
+
+def reduced(folder: Path, target: Sizes, place: Path) -> tuple[Path, Sizes, dict[str, int]]:
+    """What the exact stage leaves of a checkpoint, as one in a new folder; its sizes, and what was removed."""
+    found = exact_stage(Stored(open_folder(folder)), target)
+    out = written(found.weights, place / f"reduced{len(list(place.iterdir()))}")
+    return out, open_folder(out).sizes, found.removed
+
+
+def written(weights: Weights, folder: Path) -> Path:
+    """The weights as a checkpoint that stock transformers loads."""
+    folder.mkdir()
+    tensors = {name: weights.read(name).contiguous() for name in weights.family.layout(weights.config)}
+    (folder / "config.json").write_text(json.dumps(weights.config), encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def draw_smaller(source: Checkpoint, axis: str, draw: random.Random) -> Sizes | None:

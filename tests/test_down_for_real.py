@@ -52,10 +52,18 @@ def test_a_model_is_shrunk_and_stock_transformers_loads_it(call, tmp_path, metho
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_a_grown_model_shrinks_back_without_loss_and_without_calibration(call, source, tmp_path):
+def test_a_grown_model_shrinks_back_without_loss_and_without_calibration(call, source, tmp_path, capsys):
     assert call("-edm", 2, "-upm", 2, "-o", "big", command="up")[0] == 0
-    code = run(["down", "big", "--like", str(source), "-o", "back", "--json", "-q"])
+    code = run(["down", "big", "--like", str(source), "-o", "back", "--check", "check.txt", "--json", "-q"])
     assert code == 0
+    texts = json.loads(capsys.readouterr().out)["texts"]
+    assert set(texts) == {"check"}
+    assert texts["check"]["loss"]["after"] == pytest.approx(texts["check"]["loss"]["before"], rel=1e-4)
+    assert 1 < texts["check"]["loss"]["after"] < 10
+    record = json.loads((tmp_path / "back" / "dslm.json").read_text())
+    assert record["measured"]["perplexity on the check text, after"] == pytest.approx(
+        texts["check"]["perplexity"]["after"]
+    )
     with torch.no_grad():
         before, after = (
             AutoModelForCausalLM.from_pretrained(tmp_path / name)(pico.tokens()).logits

@@ -13,6 +13,7 @@ import dslm.shrink.approximate
 import dslm.shrink.calibrate
 import pico
 from asking import FITTED, one_line
+from calling import caller
 from dslm.checkpoint.reader import open_folder
 from dslm.plan import plan_growth, plan_shrink
 
@@ -32,14 +33,14 @@ BAD = [
     (["-edd", "1e400"], 1, "1e400|divisor"),
     (["-upd", "5"], 1, "intermediate_size 48 divided by 5.*nearest: 9 .* or 10"),
     (["--hidden-size", "33"], 1, "hidden_size 33 is larger.*32.*dslm up"),
-    (["--hidden-size", "30"], 1, "hidden_size.*nearest legal hidden_size: 28 or 32"),
+    (["--hidden-size", "30"], 1, r"hidden_size.*nearest legal hidden_size: 28$"),
     (["--hidden-size", "0"], 1, "hidden_size 0"),
     (["--hidden-size", "-8"], 1, "hidden_size -8"),
     (["--hidden-size", "many"], 2, "many"),
     (["--intermediate-size", "49"], 1, "intermediate_size 49 is larger.*48.*dslm up"),
     (["--num-hidden-layers", "4"], 1, "num_hidden_layers 4 is larger.*dslm up"),
     (["--num-hidden-layers", "0"], 1, "num_hidden_layers 0"),
-    (["--num-attention-heads", "3"], 1, "not a multiple.*nearest legal num_attention_heads"),
+    (["--num-attention-heads", "3"], 1, r"not a multiple.*nearest legal num_attention_heads: 2$"),
     (["--head-dim", "4"], 2, "head_dim cannot shrink: every rotary frequency.*shrink num_attention_heads"),
     (["--vocab-size", "90"], 2, "vocab_size cannot shrink: the tokenizer needs every row"),
     (["--params", "1"], 1, "too few: a table of 96 x"),
@@ -91,6 +92,46 @@ def test_what_cannot_be_done_is_one_line(call, asked, tmp_path, arguments, code,
     assert re.search(named, one_line(err)), err
     assert sorted(tmp_path.rglob("*")) == before
     assert "plan" not in asked
+
+
+NO_GAIN = (
+    "cannot shrink: the table is both written and read, and there is no gain before the output to make up for the "
+    "change; give the output its own table with --untie, or shrink the other sizes"
+)
+SIXTEEN = ["--hidden-size", "16", "--num-attention-heads", "2", "--num-key-value-heads", "2"]
+STUCK = [
+    # family, variant, what is asked for, what the line offers, and that as options
+    ("gpt_neox", "parallel", ["--num-attention-heads", "2"],
+     "nearest legal: hidden_size 16 with num_attention_heads 2 and num_key_value_heads 2", SIXTEEN),
+    ("gpt_neox", "parallel", ["--num-attention-heads", "2", "--num-key-value-heads", "2"],
+     "which must stay 8: 32 / 2 is not; nearest legal: hidden_size 16 with num_attention_heads 2", SIXTEEN),
+    ("opt", "pre-norm", ["--num-attention-heads", "2", "--num-key-value-heads", "2"],
+     "which must stay 8: 32 / 2 is not; nearest legal: hidden_size 16 with num_attention_heads 2", SIXTEEN),
+    ("gpt_neox", "parallel", ["--hidden-size", "20"],
+     "nearest legal: hidden_size 24 with num_attention_heads 3 and num_key_value_heads 3 or "
+     "hidden_size 16 with num_attention_heads 2 and num_key_value_heads 2", SIXTEEN),
+    ("phi3", "longrope", ["--hidden-size", "24"],
+     "nearest legal: hidden_size 16 with num_attention_heads 2 or "
+     "hidden_size 8 with num_attention_heads 1 and num_key_value_heads 1",
+     ["--hidden-size", "16", "--num-attention-heads", "2"]),
+    ("llama", "mha", ["--num-attention-heads", "2"], "nearest legal: num_attention_heads 2 and num_key_value_heads 2",
+     ["--num-attention-heads", "2", "--num-key-value-heads", "2"]),
+    ("opt", "post-norm", ["--num-attention-heads", "2", "--num-key-value-heads", "2"],
+     f"hidden_size, which goes with it, {NO_GAIN}", [*SIXTEEN, "--untie"]),
+    ("opt", "post-norm", ["--hidden-size", "20"], f"error: hidden_size {NO_GAIN}", ["--intermediate-size", "20"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "variant", "asked", "offer", "taken"), STUCK)
+def test_what_is_offered_instead_is_smaller_and_can_be_had(
+    family, variant, asked, offer, taken, tmp_path, capsys
+):
+    source = pico.save(pico.make_model(family, variant), tmp_path / "source")
+    call = caller(capsys)
+    code, out, err = call("down", source, *asked, "-o", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert one_line(err).rstrip().endswith(offer)
+    assert call("down", source, *taken, "--dry-run")[0] == 0
 
 
 TEXTS = [

@@ -16,7 +16,7 @@ from dslm.shrink.weights import Stored
 from growing import grow, load, logits, off
 from pico import tokens
 from ruling import WRONG, Rule, instead
-from test_exact_stage import written
+from shrinking import written
 from test_rules import not_normed, with_line, without_table_fields
 
 

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import shrinking
 from dslm.checkpoint.reader import open_folder
-from dslm.errors import SizeError
 from dslm.families.axes import Role
 from dslm.families.units import unit_parts
 from dslm.shrink.redundancy import exact_stage
 from dslm.shrink.weights import Stored
 from dslm.sizes import Sizes, differing
 from dslm.verify.units import Shuffle, parts_of
-from growing import dimensions_of, doubled, draw_target, grow, grow_or_nearest, load, logits, off
-from pico import CASES, IDS, make_model, read_config, save, tokens
+from growing import dimensions_of, draw_target, grow, grow_or_nearest, load
+from pico import CASES, IDS, make_model, read_config, save
+from shrinking import FLOAT32, distance, reduced
 
-FLOAT32 = 3e-5
 BFLOAT16 = 3e-2  # weights that growth scaled are rounded once more
-
-
-def written(weights, folder):
-    """The weights as a checkpoint that stock transformers loads."""
-    folder.mkdir()
-    tensors = {name: weights.read(name).contiguous() for name in weights.family.layout(weights.config)}
-    (folder / "config.json").write_text(json.dumps(weights.config), encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def distance(one, other, dtype=torch.float32, seed=1):
-    ids = tokens(seed)
-    return off(*(logits(load(folder, dtype), ids) for folder in (one, other)))
-
-
-def reduced(folder, target, tmp_path):
-    """The folder of what is left, its sizes, and what was removed."""
-    found = exact_stage(Stored(open_folder(folder)), target)
-    out = written(found.weights, tmp_path / f"reduced{len(list(tmp_path.iterdir()))}")
-    return out, open_folder(out).sizes, found.removed
-
 
 # Every switch of every family grown in everything at once, and each family's first in one dimension at a time.
 _GROWTHS = [
@@ -69,17 +44,6 @@ def test_every_growth_is_undone(family, variant, dimension, method, tmp_path):
     assert sizes.replace(tied=source.sizes.tied) == source.sizes
     assert set(removed) == set(differing(open_folder(grown).sizes, sizes))
     assert distance(tmp_path / "source", out) < FLOAT32
-
-
-def test_down_undoes_a_growth_that_changed_the_size_of_groups(tmp_path):
-    save(make_model("llama", "gqa-tied"), tmp_path / "source")
-    source = open_folder(tmp_path / "source")
-    grown = open_folder(grow(source, tmp_path / "grown", source.sizes.replace(num_key_value_heads=4)))
-    shrinking.down(grown, tmp_path / "back", source.sizes)
-    assert distance(tmp_path / "source", tmp_path / "back") < FLOAT32
-    with pytest.raises(SizeError, match=r"4 query heads for each key-value head.* 2 with 1"):
-        shrinking.down(grown, tmp_path / "out", source.sizes.replace(num_key_value_heads=1))
-    assert not (tmp_path / "out").exists()
 
 
 def test_twin_heads_do_not_cost_the_groups_that_are_asked_for(tmp_path):
@@ -130,56 +94,6 @@ def test_growth_upon_growth_is_undone_in_any_order_of_units(family, variant, tmp
     with Shuffle(parts_of(model, twice), twice.family.dimensions(twice.config)).applied():
         save(model, tmp_path / "shuffled")
     out, sizes, _ = reduced(tmp_path / "shuffled", source.sizes, tmp_path)
-    assert sizes == source.sizes
-    assert distance(tmp_path / "source", out) < FLOAT32
-
-
-def cloned(source, folder, kind):
-    """Twice the model in width, FFN and heads, the way others do it."""
-    family, config = source.family, source.config
-    folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps(doubled(source.sizes).into_config(family, config)), encoding="utf-8"
-    )
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, line in family.layout(config).items():
-        weight = Stored(source).read(name)
-        fixed = {"vocab"}, {"head_dim"}  # the norm of a head stays
-        wide = [i for i, axis in enumerate(line.spec.axes) if set(axis.dimensions) not in fixed]
-        reads = [position for position in wide if line.spec.axes[position].role is Role.READ]
-        if kind == "block diagonal" and len(wide) == 2:
-            weight = torch.block_diag(weight, weight)
-        else:
-            noise = 0.1 * torch.randn(weight.shape, generator=generator) if kind == "noisy" else 0.0
-            for position in set(wide) - set(reads):
-                weight = torch.cat([weight, weight], position)
-                noise = torch.cat([noise, noise], position) if kind == "noisy" else 0.0
-            for position in reads:
-                weight = torch.cat([weight / 2 + noise, weight / 2 - noise], position)
-        tensors[name] = weight
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["even", "noisy", "block diagonal"])
-@pytest.mark.parametrize(
-    ("family", "variant"),
-    [
-        ("llama", "mha"),
-        ("qwen2", "mha"),
-        ("qwen3", "mha"),
-        ("phi", "mha"),
-        ("gpt_neox", "parallel"),
-        ("olmo2", "biases"),
-    ],
-)
-def test_clones_made_by_others_are_undone(family, variant, kind, tmp_path):
-    save(make_model(family, variant), tmp_path / "source")
-    source = open_folder(tmp_path / "source")
-    clone = cloned(source, tmp_path / "clone", kind)
-    assert distance(tmp_path / "source", clone) < FLOAT32
-    out, sizes, _ = reduced(clone, source.sizes, tmp_path)
     assert sizes == source.sizes
     assert distance(tmp_path / "source", out) < FLOAT32
 

@@ -129,10 +129,52 @@ def test_a_perplexity_beyond_all_numbers_is_written_as_infinite(tmp_path):
     assert measured["perplexity on the held-out text, after"] == "infinite"
 
 
-def test_a_model_that_writes_no_numbers_cannot_calibrate_itself(tmp_path, capsys):
-    source = broken(tmp_path / "broken", huge_output)
+def huge_head(model):
+    model.lm_head.weight *= 1e38
+
+
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (huge_units, "what block 1 writes is NaN or infinite"),
+        (huge_output, "what block 1 writes is NaN or infinite"),
+        (huge_head, "the model's logits are not numbers; get its weights again"),
+    ],
+)
+def test_a_model_that_writes_no_numbers_cannot_calibrate_itself(plant, told, tmp_path, capsys):
+    source = broken(tmp_path / "broken", plant)
     with nothing_happens(tmp_path):
-        assert "logits are not numbers" in refused(capsys, source, tmp_path / "out")
+        assert told in refused(capsys, source, tmp_path / "out")
+
+
+def test_a_model_that_writes_no_numbers_in_its_own_dtype_needs_a_text(tmp_path, capsys):
+    model = pico.make_model("llama", "mha")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 3e4
+    source = pico.save(model.half(), tmp_path / "source")
+    with nothing_happens(tmp_path):
+        line = refused(capsys, source, tmp_path / "out")
+    assert "logits are not numbers in its dtype, and are in float32; give --calibration TEXT" in line
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("transformers.AutoModelForCausalLM.from_pretrained", "to load source"),
+        ("dslm.shrink.written.write", "for the model to write its calibration text"),
+    ],
+)
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")], ids=repr)
+def test_too_little_memory_to_write_a_text_says_to_give_one(
+    place, what, error, source, tmp_path, capsys, monkeypatch
+):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(place, full)
+    with nothing_happens(tmp_path):
+        line = refused(capsys, source, tmp_path / "out")
+    assert f"the memory is not enough {what}; give --calibration TEXT, which is read block by block" in line
 
 
 def test_a_number_too_large_for_the_dtype_is_named(out, tmp_path, capsys, monkeypatch):

@@ -44,6 +44,11 @@ FIXED: Mapping[str, tuple[str, str]] = {
     "vocab_size": ("the tokenizer needs every row of the table", f"down shrinks {', '.join(SHRUNK)}"),
 }
 """Sizes that stay: why, and what to do instead."""
+_SHAPE = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+_TIED_STREAM = (
+    "the table is both written and read, and there is no gain before the output to make up for the change"
+)
+_OTHERWISE = "give the output its own table with --untie, or shrink the other sizes"
 
 
 def check_shrink(source: Sizes, target: Sizes, family: Family, config: Config) -> None:
@@ -69,13 +74,79 @@ def check_shrink(source: Sizes, target: Sizes, family: Family, config: Config) -
             )
     if target.tied and not source.tied:
         raise SizeError("two separate tables cannot become a tied one", "leave tie_word_embeddings as it is")
-    check_legal(family, config, target)
     if target.hidden_size != source.hidden_size and not stream_can_shrink(family, config, target.tied):
-        raise SizeError(
-            "hidden_size cannot shrink: the table is both written and read, and there is no gain before the output "
-            "to make up for the change",
-            "give the output its own table with --untie, or shrink the other sizes",
+        raise SizeError(f"hidden_size cannot shrink: {_TIED_STREAM}", _OTHERWISE)
+    try:
+        check_legal(family, config, target)
+    except SizeError as error:
+        if min(getattr(target, word) for word in WORDS) > 0:  # what it offers may be the source, or larger
+            error.hint = _legal_instead(source, target, family, config)
+        raise
+
+
+def _legal_instead(source: Sizes, target: Sizes, family: Family, config: Config) -> str:
+    """The nearest legal sizes below the source's, as text: another value of one that was asked for, if that is enough.
+
+    Else the width and both head counts together; where these can be had with what was asked for, no others.
+    """
+    asked = [word for word in _SHAPE if getattr(target, word) != getattr(source, word)]
+    for word in asked:
+        value = getattr(target, word)
+        sides = range(value - 1, 0, -1), range(value + 1, getattr(source, word) + 1)
+        tried = (
+            (n for n in side if _reached(source, target.replace(**{word: n}), family, config))
+            for side in sides
         )
+        found = [str(n) for side in tried if (n := next(side, None)) is not None]
+        if found:
+            return f"nearest legal {word}: {' or '.join(found)}"
+
+    def distance(sizes: Sizes) -> tuple[float, float]:
+        off = {word: abs(log(getattr(sizes, word) / getattr(target, word))) for word in _SHAPE}
+        return sum(off[word] for word in asked), sum(off.values())
+
+    near: dict[tuple[int, ...], Sizes] = {}
+    for sizes in sorted(_shapes_below(source, target, family, config), key=distance):
+        near.setdefault(tuple(getattr(sizes, word) for word in asked), sizes)
+    if near:
+        first, *others = near.values()
+        shown = [first, *others[:1]] if distance(first)[0] else [first]
+        return f"nearest legal: {' or '.join(_in_words(sizes, source, target) for sizes in shown)}"
+    if not stream_can_shrink(family, config, target.tied):
+        return f"hidden_size, which goes with it, cannot shrink: {_TIED_STREAM}; {_OTHERWISE}"
+    return "shrink intermediate_size or num_hidden_layers"
+
+
+def _shapes_below(source: Sizes, target: Sizes, family: Family, config: Config) -> list[Sizes]:
+    """The target with other head counts, and with the width that they have together."""
+    found = []
+    for heads, kv_heads in head_pairs(source):
+        for width in {target.hidden_size, min(heads * source.head_dim, source.hidden_size)}:
+            sizes = target.replace(hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads)
+            if _reached(source, sizes, family, config):
+                found.append(sizes)
+    return found
+
+
+def _reached(source: Sizes, sizes: Sizes, family: Family, config: Config) -> bool:
+    """Whether sizes, none above the source's, are those of a smaller model that a shrink can make."""
+    if sizes == source or not is_legal(family, config, sizes):
+        return False
+    if sizes.hidden_size != source.hidden_size and not stream_can_shrink(family, config, sizes.tied):
+        return False
+    groups = (one.num_attention_heads // one.num_key_value_heads for one in (sizes, source))
+    before, after = (
+        {name for name, _ in family.present(c)} for c in (config, sizes.into_config(family, config))
+    )
+    return next(groups) <= next(groups) and before ^ after <= {family.head}
+
+
+def _in_words(sizes: Sizes, source: Sizes, target: Sizes) -> str:
+    """The head counts, with the width if it is not the source's; the second only if it was not asked for."""
+    width = "" if sizes.hidden_size == source.hidden_size else f"hidden_size {sizes.hidden_size} with "
+    same = sizes.num_key_value_heads == target.num_key_value_heads
+    kv_heads = "" if same else f" and num_key_value_heads {sizes.num_key_value_heads}"
+    return f"{width}num_attention_heads {sizes.num_attention_heads}{kv_heads}"
 
 
 def stream_can_shrink(family: Family, config: Config, tied: bool) -> bool:

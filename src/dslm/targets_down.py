@@ -107,7 +107,7 @@ def _with_hidden(family: Family, config: Config, source: Sizes, hidden_size: int
 
 
 def _nearest_widths(family: Family, config: Config, source: Sizes, hidden_size: int) -> str:
-    near = sorted(range(1, source.hidden_size + 1), key=lambda n: abs(n - hidden_size))
+    near = sorted(range(1, source.hidden_size), key=lambda n: abs(n - hidden_size))
     legal = (n for n in near if any(_headed(family, config, source.replace(hidden_size=n), source)))
     found = [n for n, _ in zip(legal, range(2), strict=False)]
     return f"nearest legal hidden_size: {' or '.join(map(str, found))}"

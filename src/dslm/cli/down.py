@@ -37,7 +37,7 @@ from dslm.errors import RecipeError
 from dslm.load import DEVICES
 from dslm.plan import SHRINK_METHODS, SHRUNK, Plan, check_plan, plan_shrink
 from dslm.report.shapes import SHAPE_HEADER, shape_facts, shape_rows
-from dslm.report.shrunk import perplexity_rows, shrunk_facts, worst_blocks
+from dslm.report.shrunk import BLOCK_HEADER, block_rows, perplexity_rows, shrunk_facts
 from dslm.report.tables import columns_table
 from dslm.shrink_plan import FIXED, SELF
 
@@ -82,7 +82,8 @@ def fixed_options(function: Any) -> Any:
     default=0,
     show_default=True,
     metavar="N",
-    help="With --params or --keep-ratio: how many shapes to build and measure; 0 takes the first of dslm plan.",
+    help="With --params or --keep-ratio: how many shapes to build and measure; 0 takes the first of dslm plan "
+    "without a text.",
 )
 @click.option("--like", "like_model", metavar="MODEL", help="Shrink to the shape of another model.")
 @plan_option
@@ -249,12 +250,13 @@ def _print_measured(facts: dict[str, Any]) -> None:
     removed = facts["removed_without_loss"]
     lost = ", ".join(f"{count:,} of {word}" for word, count in removed.items())
     out.print(f"\nremoved without loss: {lost or 'nothing'}")
-    if not facts["texts"]:
+    if not facts["block_errors"]:
         out.print("nothing was approximated: it computes the same function")
-        return
-    out.print()
-    out.print(columns_table(("perplexity on", "before", "after", ""), perplexity_rows(facts["texts"])))
+    if facts["texts"]:
+        out.print()
+        out.print(columns_table(("perplexity on", "before", "after", ""), perplexity_rows(facts["texts"])))
     if facts["tokens"]:
         out.print(f"fitted on {facts['tokens']:,} tokens of {facts['origin']}")
     if facts["block_errors"]:
-        out.print(f"largest relative squared error of the stream: {worst_blocks(facts['block_errors'])}")
+        out.print()
+        out.print(columns_table(BLOCK_HEADER, block_rows(facts["block_errors"], facts["layers"])))

@@ -10,7 +10,7 @@ from dslm.report.shapes import perplexity
 if TYPE_CHECKING:
     from dslm.shrink.down import Shrunk
 
-_WORST = 3  # blocks shown with the largest error
+BLOCK_HEADER = ("block", "from layer", "relative squared error of the stream")
 _TEXTS = {"held-out": "held-out calibration text", "check": "check text"}
 
 
@@ -49,7 +49,7 @@ def perplexity_rows(texts: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
     ]
 
 
-def worst_blocks(errors: Sequence[float]) -> str:
-    """The blocks with the largest errors, in words."""
-    worst = sorted(range(len(errors)), key=lambda block: -errors[block])[:_WORST]
-    return ", ".join(f"block {block} {errors[block]:.3g}" for block in worst)
+def block_rows(errors: Sequence[float], layers: Sequence[int]) -> list[tuple[str, str, str]]:
+    """A row for each block: its number, the source's layer that it comes from, and its error."""
+    pairs = zip(layers, errors, strict=True)
+    return [(f"  {block}", str(layer), f"{error:.3g}") for block, (layer, error) in enumerate(pairs)]

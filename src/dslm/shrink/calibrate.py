@@ -80,6 +80,8 @@ def calibration(
     Raises:
         RecipeError: the sizes are too small, or a text is missing, unreadable, too short or named twice.
         CheckpointError: the model has no tokenizer to read a text, not one that fits, or cannot be run.
+        VerificationError: a block of the model writes no numbers.
+        OutOfMemoryError: the memory is not enough for the model to write a text.
         MissingExtraError: a hub data set needs a package that is not installed.
     """
     check_texts(texts, samples)

@@ -14,6 +14,7 @@ import torch
 from dslm.checkpoint.config import with_dtype
 from dslm.checkpoint.reader import Checkpoint, torch_dtype
 from dslm.checkpoint.writer import Planned, folder_above
+from dslm.errors import enough_memory
 from dslm.families import Family, Tensor
 from dslm.families.family import Config
 from dslm.output import check_place, planned, write_output
@@ -24,7 +25,9 @@ from dslm.shrink.calibrate import calibration, check_windows
 from dslm.shrink.rebuild import Windows
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
-from dslm.shrink.weights import Folded, Stored, Weights, stored
+from dslm.shrink.survey import walked_loss
+from dslm.shrink.walk import Walk, walking_device
+from dslm.shrink.weights import Folded, Kept, Stored, Weights, stored
 from dslm.shrink_plan import check_groups
 from dslm.sizes import Sizes, count_parameters
 
@@ -43,8 +46,10 @@ class Shrunk:
         nbytes: bytes of weights written.
         removed: size word -> how much of it was redundant and went without loss.
         layers: the source's layers that were kept.
-        losses: ``held-out`` and ``check`` -> mean nats per token before and after; empty where all went without loss.
-        errors: relative squared error of the stream after each block, on held-out windows.
+        losses: ``held-out`` and ``check`` -> mean nats per token before and after; no ``held-out`` where all went
+            without loss.
+        errors: relative squared error of the stream after each block, on held-out windows; empty where all went
+            without loss.
         tokens: tokens that were fitted on.
         origin: where the calibration text came from, in words.
         seconds: how long it took.
@@ -183,8 +188,12 @@ def _smaller(
     target = plan.target
     before = Sizes.from_config(weights.family, weights.config)
     everything = tuple(range(before.num_hidden_layers))
+    origins = weights.layers if isinstance(weights, Folded) else None
+    tensors = planned(source, weights.config, plan.dtype, origins)
+    dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in tensors}
     if before == target:
-        return _Smaller(weights, everything)
+        models = Stored(source), Kept(weights, dtypes)
+        return _Smaller(weights, everything, _losses(models, checks, device, progress))
     check_groups(before, target, weights.family, weights.config)
     assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
     asked = plan.calibration
@@ -199,13 +208,26 @@ def _smaller(
     )
     windows = Windows(text.train, text.held_out, checks)
     recipe = Recipe.with_steps(asked["refine"], solve="slice" not in plan.methods.values())
-    origins = weights.layers if isinstance(weights, Folded) else None
-    tensors = planned(source, weights.config, plan.dtype, origins)
-    dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in tensors}
     found = approximate(
         weights, target, windows, folder, dtypes=dtypes, recipe=recipe, device=device, progress=progress
     )
     return _Smaller(found, found.base.layers, found.losses, found.errors, text.train.numel(), text.origin)
+
+
+def _losses(
+    models: tuple[Weights, Weights],
+    checks: Mapping[str, torch.Tensor],
+    device: str,
+    progress: Progress | None,
+) -> dict[str, tuple[float, float]]:
+    """Mean nats per token of two models on texts that are only reported."""
+    found = {}
+    for label, ids in checks.items():
+        with enough_memory(f"to measure {len(ids)} windows block by block", "lower --sequence-length"):
+            walks = (Walk(weights, walking_device(device)) for weights in models)
+            before, after = (walked_loss(walk, ids, progress) for walk in walks)
+        found[label] = before, after
+    return found
 
 
 def _figures(removed: Mapping[str, int], smaller: _Smaller) -> dict[str, float | int | str]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-IN_MEMORY = 2_000_000_000
-"""Bytes of a stream, or of several that are needed at once, above which they lie in a file instead."""
+IN_MEMORY = 400_000_000
+"""Bytes of a stream, or of several that are needed at once, above which they lie in a file instead. A shrink has five
+such things, its three streams and what attention made of them in both models, so they take 2 GB of memory at most."""
 BATCH_TOKENS = 4096
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dslm.progress import Progress
+from dslm.shrink.streams import batches
 from dslm.shrink.walk import Walk, mean_loss
 
 _WINDOWS, _TOKENS = 4, 512
@@ -19,6 +20,31 @@ _WINDOWS, _TOKENS = 4, 512
 def few(ids_BT: Tensor) -> Tensor:
     """The part of some windows that a survey needs."""
     return ids_BT[:_WINDOWS, :_TOKENS]
+
+
+def walked_loss(walk: Walk, ids_BT: Tensor, progress: Progress | None = None) -> float:
+    """Loss of a model of which one block at a time is in memory.
+
+    Args:
+        walk: the model.
+        ids_BT: windows, int64.
+        progress: called with a label, blocks done and blocks in all.
+
+    Returns:
+        Mean cross-entropy in nats per predicted token.
+
+    Raises:
+        VerificationError: what a block writes is NaN or infinite.
+    """
+    stream_BTD = walk.embed(ids_BT)
+    for layer in range(len(walk.blocks)):
+        with walk.block(layer):
+            for some in batches(0, *ids_BT.shape):
+                stream_BTD[some] = walk.run(layer, stream_BTD[some])
+        if progress is not None:
+            progress("measuring", layer + 1, len(walk.blocks))
+    with walk.head() as logits:
+        return mean_loss(logits, stream_BTD, ids_BT, walk.device)
 
 
 def removal_losses(

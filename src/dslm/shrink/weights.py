@@ -154,6 +154,37 @@ class TwoTables:
         return self.base.read(self.family.embedding if made else name)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Weights as a file will hold them.
+
+    Attributes:
+        base: the weights.
+        dtypes: tensor name -> what it is kept in.
+    """
+
+    base: Weights
+    dtypes: Mapping[str, torch.dtype]
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return self.base.family
+
+    @property
+    def config(self) -> Config:
+        """The model's config."""
+        return self.base.config
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, rounded to its dtype.
+
+        Raises:
+            VerificationError: some of its numbers are too large for that.
+        """
+        return as_kept(name, self.base.read(name), self.dtypes)
+
+
 def stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of a tensor as a dtype keeps them.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -15,11 +17,15 @@ import transformers
 from torch import Tensor
 
 from dslm.checkpoint.reader import Checkpoint
-from dslm.errors import CheckpointError
+from dslm.errors import CheckpointError, OutOfMemoryError, enough_memory
 from dslm.load import load_model, pick_device
 from dslm.progress import Progress
 from dslm.shrink.cache import keep, place_of, read_kept
+from dslm.shrink.survey import walked_loss
+from dslm.shrink.walk import Walk, walking_device
+from dslm.shrink.weights import Stored
 
+_FROM_A_TEXT = "give --calibration TEXT, which is read block by block, in float32"
 _BATCH = 16  # windows written at once
 _FORMAT = 1  # of what is kept; raised when something else is written
 
@@ -46,6 +52,8 @@ def write_windows(
 
     Raises:
         CheckpointError: the model cannot be run, or its logits are not numbers.
+        VerificationError: the same, and a block is to blame, which is named.
+        OutOfMemoryError: the memory is not enough for the whole model.
     """
     where = str(pick_device(device))
     model: Any = None
@@ -56,16 +64,37 @@ def write_windows(
         facts = [_FORMAT, torch.__version__, transformers.__version__, where, begin, given, length, seed]
         place = place_of("written", checkpoint, facts)
         if not _fill(rows, read_kept(place), checkpoint.sizes.vocab_size):
-            model = _writer(checkpoint, device) if model is None else model
             draw = torch.Generator().manual_seed(random.Random(f"{seed} {begin}").getrandbits(63))
-            for position in write(model, rows, given, draw):
-                if progress is not None:
-                    done = begin * length + len(rows) * position
-                    progress("writing calibration text", done, samples * length)
+            with _telling(checkpoint, rows, device):
+                model = _writer(checkpoint, device) if model is None else model
+                for position in write(model, rows, given, draw):
+                    if progress is not None:
+                        done = begin * length + len(rows) * position
+                        progress("writing calibration text", done, samples * length)
             keep(place, rows.tolist())
         if progress is not None:
             progress("writing calibration text", (begin + len(rows)) * length, samples * length)
     return written
+
+
+class _NotNumbersError(Exception):
+    """The logits of a model are NaN or infinite."""
+
+
+@contextmanager
+def _telling(checkpoint: Checkpoint, rows: Tensor, device: str) -> Iterator[None]:
+    """Say of a failure to write where the model is broken, or what needs less memory."""
+    try:
+        with enough_memory("for the model to write its calibration text", _FROM_A_TEXT):
+            yield
+    except _NotNumbersError as error:
+        # The same windows again, block by block: the one that breaks is told by its number.
+        loss = walked_loss(Walk(Stored(checkpoint), walking_device(device)), rows)
+        if isfinite(loss):
+            told = "the model's logits are not numbers in its dtype, and are in float32", _FROM_A_TEXT
+        else:
+            told = "the model's logits are not numbers", "get its weights again"
+        raise CheckpointError(*told) from error
 
 
 def _fill(rows: Tensor, kept: Any, vocab: int) -> bool:
@@ -81,7 +110,10 @@ def _fill(rows: Tensor, kept: Any, vocab: int) -> bool:
 
 
 def _writer(checkpoint: Checkpoint, device: str) -> Any:
-    model = load_model(checkpoint, device=device)
+    try:
+        model = load_model(checkpoint, device=device)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(error.message, _FROM_A_TEXT) from error
     if model.device.type == "cpu" and model.dtype is torch.bfloat16:
         # torch's fused attention takes up to twice as long there for one token after many (SmolLM2, 16 windows).
         model.set_attn_implementation("eager")
@@ -104,7 +136,7 @@ def write(model: Any, rows: Tensor, given: list[list[int]], generator: torch.Gen
         The position that has been filled in every window.
 
     Raises:
-        CheckpointError: the model's logits are not numbers.
+        _NotNumbersError: the model's logits are not numbers.
     """
     for row, start in zip(rows, given, strict=True):
         row[: len(start)] = torch.tensor(start)
@@ -117,7 +149,7 @@ def write(model: Any, rows: Tensor, given: list[list[int]], generator: torch.Gen
         cache = out.past_key_values
         odds = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
         if not torch.isfinite(odds).all():
-            raise CheckpointError("the model's logits are not numbers", "get its weights again")
+            raise _NotNumbersError
         drawn = torch.multinomial(odds, 1, generator=generator).squeeze(1)
         rows[:, position] = torch.where(fixed > position, rows[:, position], drawn)
         yield position

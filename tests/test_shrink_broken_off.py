@@ -11,15 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 import failing
+import pico
 from dslm.checkpoint.reader import open_folder
 from dslm.checkpoint.writer import Writer
 from dslm.shrink import down, rebuild, streams
+from dslm.shrink.rebuild import Windows
+from dslm.shrink.search import search
+from dslm.shrink.weights import Stored
 from dslm.sizes import count_parameters
 from failing import refused, shrink
-from refusing import nothing_happens
+from refusing import nothing_happens, one_line
 
 source, out = failing.source, failing.out  # fixtures
 
@@ -53,6 +58,20 @@ def test_all_steps_are_reported(source, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "source"}
 
 
+@pytest.mark.parametrize("label", ["measuring cuts", "shrinking"])
+def test_ctrl_c_in_a_search_leaves_everything_as_it_was(label, source, tmp_path):
+    ids = torch.randint(pico.VOCAB, (10, 16), generator=torch.Generator().manual_seed(0))
+    weights = Stored(open_folder(source))
+    wanted = round(0.7 * count_parameters(weights.family, weights.config)["total"])
+
+    def progress(now: str, done: int, total: int) -> None:
+        if now == label:
+            raise KeyboardInterrupt
+
+    with nothing_happens(tmp_path), pytest.raises(KeyboardInterrupt):
+        search(weights, wanted, Windows(ids[:8], ids[8:], {}), build=1, folder=tmp_path, progress=progress)
+
+
 # ---------------------------------------------------------------- full disks
 
 
@@ -80,6 +99,15 @@ FULL = {
     "the sync": fails(os, "fsync", FULL_DISK),
     "the card": fails(Writer, "add_text", FULL_DISK),
 }
+
+
+def test_a_disk_that_fills_in_a_search_is_one_line(source, tmp_path, monkeypatch, capsys):
+    FULL["a block"](monkeypatch)
+    options = ["--keep-ratio", "0.7", "--search", "1", "--samples", "10", "--sequence-length", "16", "-q"]
+    with nothing_happens(tmp_path):
+        line = one_line(capsys, ["down", str(source), "-o", str(tmp_path / "out"), *options], 1)
+    assert "No space left on device" in line
+    assert line.endswith("free some space and try again")
 
 
 @pytest.mark.parametrize("fill", FULL.values(), ids=FULL)

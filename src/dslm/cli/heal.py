@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from dslm.checkpoint.reader import Checkpoint
 from dslm.cli.common import progress_bar, remark, tell_evaluation
-from dslm.errors import DslmError, RecipeError
+from dslm.errors import DslmError, RecipeError, VerificationError
 from dslm.plan import Plan
 from dslm.shrink_plan import SELF, names_data_set
 from dslm.targets import parse_count
@@ -102,6 +103,8 @@ def heal(
     from dslm.checkpoint.reader import open_folder
     from dslm.train.run import train_checkpoint
 
+    if overwrite:  # a run of the model that was there before
+        shutil.rmtree(run_folder(out), ignore_errors=True)
     asked = _training(tokens, data, teacher=teacher, seed=seed, device="cpu" if device == "cpu" else "auto")
     try:
         with progress_bar(quiet=quiet) as progress:
@@ -114,6 +117,9 @@ def heal(
                 progress=progress,
                 on_evaluation=None if quiet else tell_evaluation,
             )
+    except VerificationError:  # the same run again would end the same
+        remark(f"{out} is shrunk, not healed", quiet=False)
+        raise
     except (KeyboardInterrupt, DslmError):
         remark(f"{out} is shrunk, not healed; {_how_to_heal(out, asked, tokens)} does that", quiet=False)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -142,6 +143,8 @@ def command(
     refuse_unused(click.get_current_context(), _unused(asked))
     source = open_model(model, quiet=quiet)
     quiet_here = quiet or _rank() > 0
+    if quiet_here:
+        logging.getLogger("dslm").setLevel(logging.WARNING)
     try:
         with progress_bar(quiet=quiet_here) as progress:
             done = train_checkpoint(

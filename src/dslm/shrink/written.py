@@ -78,7 +78,15 @@ def write_windows(
 
 
 class _NotNumbersError(Exception):
-    """The logits of a model are NaN or infinite."""
+    """The logits of a model are NaN or infinite.
+
+    Args:
+        position: which they were for.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
 
 
 @contextmanager
@@ -88,8 +96,10 @@ def _telling(checkpoint: Checkpoint, rows: Tensor, device: str) -> Iterator[None
         with enough_memory("for the model to write its calibration text", _FROM_A_TEXT):
             yield
     except _NotNumbersError as error:
-        # The same windows again, block by block: the one that breaks is told by its number.
-        loss = walked_loss(Walk(Stored(checkpoint), walking_device(device)), rows)
+        # The same tokens again, block by block: the one that breaks is told by its number.
+        with enough_memory("to look for the block that writes no numbers", "get the model's weights again"):
+            some_BT = rows[:, : error.position + 1]
+            loss = walked_loss(Walk(Stored(checkpoint), walking_device(device)), some_BT)
         if isfinite(loss):
             told = "the model's logits are not numbers in its dtype, and are in float32", _FROM_A_TEXT
         else:
@@ -149,7 +159,7 @@ def write(model: Any, rows: Tensor, given: list[list[int]], generator: torch.Gen
         cache = out.past_key_values
         odds = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
         if not torch.isfinite(odds).all():
-            raise _NotNumbersError
+            raise _NotNumbersError(position)
         drawn = torch.multinomial(odds, 1, generator=generator).squeeze(1)
         rows[:, position] = torch.where(fixed > position, rows[:, position], drawn)
         yield position

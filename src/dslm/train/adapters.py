@@ -11,6 +11,8 @@ from dslm.load import load_model, need
 from dslm.train.settings import Training
 
 _ALL = "all-linear"
+_CANNOT_RUN = (ImportError, RuntimeError, NotImplementedError, AttributeError)
+"""What bitsandbytes, and transformers for it, raise where it is too old or there is no device for it."""
 
 
 def load_four_bit(checkpoint: Checkpoint, device: str) -> Any:
@@ -37,9 +39,9 @@ def load_four_bit(checkpoint: Checkpoint, device: str) -> Any:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
         return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    except (CheckpointError, ImportError, RuntimeError, NotImplementedError, AttributeError) as error:
+    except (CheckpointError, *_CANNOT_RUN) as error:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
-        if cause is None or tells_of_memory(cause):
+        if not isinstance(cause, _CANNOT_RUN) or tells_of_memory(cause):
             raise
         why = " ".join(str(cause).split())[:200]
         raise RecipeError(f"bitsandbytes cannot run here: {why}", "train with --lora instead") from error

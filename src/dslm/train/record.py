@@ -34,11 +34,12 @@ class Trained:
     apart: bool
 
 
-def run_record(asked: Training, result: Trained, base: str) -> dict[str, Any]:
+def run_record(asked: Training, recipe: str, result: Trained, base: str) -> dict[str, Any]:
     """The facts of a run for card and record, without the places of files.
 
     Args:
         asked: how it was trained.
+        recipe: what ``auto`` was.
         result: what came out.
         base: what the model that was trained is called.
     """
@@ -54,7 +55,7 @@ def run_record(asked: Training, result: Trained, base: str) -> dict[str, Any]:
         "base": base,
         "what": _WHAT[asked.mode],
         "command": _command(asked, settings, base),
-        "settings": settings,
+        "settings": settings | {"recipe": recipe},
         "measured": {
             "perplexity on held-out text, before": before,
             "perplexity on held-out text, after": after,

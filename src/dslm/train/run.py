@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from dslm.checkpoint.fingerprint import weights_hash
 from dslm.checkpoint.reader import Checkpoint
 from dslm.checkpoint.writer import check_output
-from dslm.errors import DslmError, RecipeError, enough_memory
+from dslm.errors import RecipeError
 from dslm.families import Tensor
 from dslm.grow.maps import Growth
 from dslm.load import check_token_ids, load_model, load_tokenizer, need, silence_transformers
@@ -29,7 +29,7 @@ from dslm.train.data import Blocks, Document, hold_out, read_blocks, read_tokens
 from dslm.train.growth import NEW, Scale, chosen_recipe, freeze_old, growth_scale, recorded_growth
 from dslm.train.loss import Distillation, give_loss
 from dslm.train.record import Trained, run_record
-from dslm.train.runs import check_run, prepare_run, run_folder
+from dslm.train.runs import as_the_first, check_run, enough_for, prepare_run, run_folder
 from dslm.train.save import save_adapter, save_plain, table_lines
 from dslm.train.settings import Training, check_training
 from dslm.train.teacher import open_teacher
@@ -76,7 +76,6 @@ def train_checkpoint(
     """
     begin = time.monotonic()
     check_training(asked)
-    asked = replace(asked, recipe=chosen_recipe(checkpoint, asked))
     need_packages(asked)
     from dslm.train.arrange import arrange, count_steps
 
@@ -92,8 +91,8 @@ def train_checkpoint(
         what = "--freeze-old holds parts of matrices still"
         raise RecipeError(f"{what}, which {cutting[0]} cuts up", f"leave out {cutting[0]}")
     processes = PartialState(cpu=asked.device == "cpu")
-    _as_the_first(processes, lambda: check_run(run_folder(out), resume=resume, overwrite=overwrite))
-    with _enough_memory(asked):
+    as_the_first(processes, lambda: check_run(run_folder(out), resume=resume, overwrite=overwrite))
+    with enough_for(asked):
         ready = _prepare(checkpoint, asked, processes, progress)
 
     def place() -> Path | None:
@@ -104,13 +103,14 @@ def train_checkpoint(
             "blocks": _fingerprint(ready.blocks),
             "eval_blocks": _fingerprint(ready.held_out),
             "processes": processes.num_processes,
+            "recipe": ready.recipe,
         }
         # A run that ended and could not write its output takes its last steps once more.
         below = count_steps(asked, ready.blocks, processes.num_processes)
         return prepare_run(run_folder(out), facts, below=below, resume=resume, overwrite=overwrite)
 
-    point = _as_the_first(processes, place)
-    with _enough_memory(asked, run_folder(out)):
+    point = as_the_first(processes, place)
+    with enough_for(asked, run_folder(out), alone=processes.num_processes == 1):
         trainer, watch = arrange(
             ready.model, ready.tokenizer, asked, ready.blocks, ready.held_out, ready.scales, run_folder(out),
             progress=progress, on_evaluation=on_evaluation,
@@ -127,7 +127,7 @@ def train_checkpoint(
         apart=ready.apart,
     )
     if processes.is_main_process:
-        run = run_record(asked, result, base or checkpoint.name)
+        run = run_record(asked, ready.recipe, result, base or checkpoint.name)
         _write(checkpoint, asked, ready, state, out, run, overwrite=overwrite or in_place, progress=progress)
     processes.wait_for_everyone()
     return result
@@ -147,6 +147,7 @@ class _Ready:
         blocks: to train on.
         held_out: to evaluate on.
         apart: whether the model keeps documents in a block apart.
+        recipe: ``plain`` or ``growth``.
     """
 
     model: Any
@@ -158,6 +159,7 @@ class _Ready:
     blocks: Blocks
     held_out: Blocks
     apart: bool
+    recipe: str
 
 
 def need_packages(asked: Training) -> None:
@@ -177,7 +179,8 @@ def need_packages(asked: Training) -> None:
 def _prepare(checkpoint: Checkpoint, asked: Training, processes: Any, progress: Progress | None) -> _Ready:
     """Everything that is read before the first step."""
     teacher = None if asked.teacher is None else open_teacher(checkpoint, asked.teacher, progress)
-    growth = recorded_growth(checkpoint) if asked.recipe == "growth" or asked.freeze_old else None
+    recipe = chosen_recipe(checkpoint, asked)
+    growth = recorded_growth(checkpoint) if recipe == "growth" or asked.freeze_old else None
     tokenizer = load_tokenizer(checkpoint)
     documents, what = _documents(checkpoint, tokenizer, asked, processes.num_processes, progress)
     device = processes.device.type
@@ -203,13 +206,13 @@ def _prepare(checkpoint: Checkpoint, asked: Training, processes: Any, progress: 
     scales: Mapping[str, Scale] = {}
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if growth is not None:
-        scales = _rates(lines, growth, asked)
+        scales = _rates(lines, growth, recipe, freeze=asked.freeze_old)
     if growth is not None and asked.freeze_old:
         named = dict(model.named_parameters())
         learning = freeze_old([(named[name], line) for name, line in lines.items()], growth)
         if learning == 0:
             raise RecipeError("growing added nothing that could learn", "leave out --freeze-old")
-    return _Ready(model, tokenizer, lines, scales, learning, teacher, blocks, held_out, apart)
+    return _Ready(model, tokenizer, lines, scales, learning, teacher, blocks, held_out, apart, recipe)
 
 
 def check_data(checkpoint: Checkpoint, asked: Training, progress: Progress | None = None) -> None:
@@ -267,11 +270,11 @@ def _model(checkpoint: Checkpoint, asked: Training, device: str) -> Any:
     return model
 
 
-def _rates(lines: Mapping[str, Tensor], growth: Growth, asked: Training) -> dict[str, Scale]:
+def _rates(lines: Mapping[str, Tensor], growth: Growth, recipe: str, *, freeze: bool) -> dict[str, Scale]:
     """How the rates of a grown model's parameters differ."""
-    if asked.freeze_old:
+    if freeze:
         # All that learns is new; decay needs no gradient and would wear down what is frozen.
-        scale = Scale(NEW, new=1.0) if asked.recipe == "growth" else Scale()
+        scale = Scale(NEW, new=1.0) if recipe == "growth" else Scale()
         return dict.fromkeys(lines, replace(scale, decay=0.0))
     return {name: growth_scale(line, growth) for name, line in lines.items()}
 
@@ -295,42 +298,6 @@ def _run(trainer: Any, watch: Any, point: Path | None) -> tuple[float, float]:
 
 def _fingerprint(blocks: Blocks) -> str:
     return hashlib.sha256(blocks.ids.tobytes() + blocks.labels.tobytes()).hexdigest()[:16]
-
-
-def _as_the_first(processes: Any, find: Callable[[], Path | None]) -> Path | None:
-    """What the first process finds, or is refused with, for all of them."""
-    found: Path | None = None
-    error: DslmError | None = None
-    if processes.is_main_process:
-        try:
-            found = find()
-        except DslmError as refused:
-            error = refused
-    if processes.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        found, error = broadcast_object_list([found, error])
-    if error is not None:
-        error.told = not processes.is_main_process
-        raise error
-    return found
-
-
-def _enough_memory(asked: Training, begun: Path | None = None) -> AbstractContextManager[None]:
-    """What a lack of memory is told as; what needs less leaves a run that has begun what it was."""
-    batch, batches, kept = asked.batch_size, asked.gradient_accumulation, ""
-    ways = [] if asked.gradient_checkpointing else ["--gradient-checkpointing"]
-    if batch > 1:
-        part = next(n for n in range(2, batch + 1) if batch % n == 0)
-        ways.append(f"--batch-size {batch // part} --gradient-accumulation {batches * part}")
-    hint = f"give {' or '.join(ways)}" if ways else ""
-    if begun is not None:
-        kept = f"; checkpoints are kept in {begun}"
-        hint += ", with which --resume goes on" if ways else ""
-    return enough_memory(
-        f"for {batch} blocks of {asked.block_size} tokens at once{kept}",
-        f"{hint}; or lower --block-size" if ways else "lower --block-size",
-    )
 
 
 def _write(

@@ -1,15 +1,16 @@
-"""The folder of an unfinished run: what was asked for, checkpoints to go on from, metrics."""
+"""The folder of an unfinished run: what was asked for, checkpoints to go on from, metrics; and who may go on."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from dslm.errors import CheckpointError, RecipeError
-from dslm.train.settings import differing_settings
+from dslm.errors import CheckpointError, DslmError, RecipeError, enough_memory
+from dslm.train.settings import Training, differing_settings
 
 _ASKED = "run.json"
 
@@ -76,6 +77,58 @@ def check_run(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise CheckpointError(
             f"an unfinished run is in {folder}", "go on with it with --resume, or drop it with --overwrite"
         )
+
+
+def as_the_first(processes: Any, find: Callable[[], Path | None]) -> Path | None:
+    """What the first process finds, or is refused with, for all of them.
+
+    Args:
+        processes: accelerate's ``PartialState``.
+        find: called on the first one.
+
+    Raises:
+        DslmError: it was refused; the others have it as one that is told already.
+    """
+    found: Path | None = None
+    error: DslmError | None = None
+    if processes.is_main_process:
+        try:
+            found = find()
+        except DslmError as refused:
+            error = refused
+    if processes.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        found, error = broadcast_object_list([found, error])
+    if error is not None:
+        error.told = not processes.is_main_process
+        raise error
+    return found
+
+
+def enough_for(
+    asked: Training, begun: Path | None = None, *, alone: bool = True
+) -> AbstractContextManager[None]:
+    """What a lack of memory is told as, with what needs less.
+
+    Args:
+        asked: how to train.
+        begun: the folder of the run, once it has begun, which it can then go on with.
+        alone: there is no other process.
+    """
+    batch, batches, kept = asked.batch_size, asked.gradient_accumulation, ""
+    ways = [] if asked.gradient_checkpointing else ["--gradient-checkpointing"]
+    if batch > 1 and alone:
+        part = next(n for n in range(2, batch + 1) if batch % n == 0)
+        ways.append(f"--batch-size {batch // part} --gradient-accumulation {batches * part}")
+    hint = f"give {' or '.join(ways)}" if ways else ""
+    if begun is not None:
+        kept = f"; checkpoints are kept in {begun}"
+        hint += ", with which --resume goes on" if ways else ""
+    return enough_memory(
+        f"for {batch} blocks of {asked.block_size} tokens at once{kept}",
+        f"{hint}; or lower --block-size" if ways else "lower --block-size",
+    )
 
 
 def goes_on_in_place(model: Path | None, out: Path) -> bool:

@@ -114,12 +114,14 @@ class Training:
 def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Setting -> its two values, for those that differ and decide the numbers of a run.
 
-    How much is computed at once does not: blocks in a batch, as long as a step has as many, and kept activations.
+    How much is computed at once does not: kept activations, and, in one process without dropout, blocks in a batch, as
+    long as a step has as many.
     """
     keys = [*now, *(key for key in before if key not in now)]
     pairs = {key: (before.get(key), now.get(key)) for key in keys if key != "gradient_checkpointing"}
     step = [run.get("batch_size", 0) * run.get("gradient_accumulation", 0) for run in (before, now)]
-    same = {"batch_size", "gradient_accumulation"} if step[0] == step[1] else set()
+    as_one = step[0] == step[1] and now.get("processes") == 1 and not now.get("lora_dropout")
+    same = {"batch_size", "gradient_accumulation"} if as_one else set()
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in same}
 
 

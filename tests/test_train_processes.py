@@ -22,6 +22,7 @@ pytestmark = training.WARNINGS
 OPTIONS = [*QUICK[:2], *QUICK[4:], "--max-steps", 8, "--eval-every", 4]
 AS_MODULE = ["-m", "dslm.cli.main"]
 ON_FSDP = [Path(__file__).with_name("fsdp_on_cpu.py")]
+ON_DEEPSPEED = [Path(__file__).with_name("deepspeed_on_cpu.py")]
 
 
 def free_port() -> int:
@@ -78,6 +79,22 @@ def test_a_grown_model_cut_up_over_processes_learns_from_its_source_as_whole(cal
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert stdout.count("written to") == 1
     assert stderr.count("LlamaDecoderLayer") == 2 * 3  # what FSDP cut up, of each process
+    code, said, _ = call("diff", whole, out, "--max-kl", 1e-6)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_learns_from_the_source_as_one_process(stage, call, model, data, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")  # it is built on each machine, so it is not among what tests install
+    whole, out, grown = tmp_path / "one", tmp_path / "two", tmp_path / "grown"
+    assert call("up", model, "-o", grown, "-edm", 2, "-upm", 2)[0] == 0
+    options = [*OPTIONS, "--recipe", "growth", "--teacher", model, "-q"]
+    assert call("train", grown, "-o", whole, "--data", data, *options, "--batch-size", 4)[0] == 0
+    train = ["train", grown, "-o", out, "--data", data, *options, "--batch-size", 2]
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    launch(1, ["--nproc-per-node", 2, "--master-port", free_port()], [*ON_DEEPSPEED, *train])
+    for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
     code, said, _ = call("diff", whole, out, "--max-kl", 1e-6)
     assert code == 0, said
 

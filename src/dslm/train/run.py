@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -90,6 +91,7 @@ def train_checkpoint(
     if asked.freeze_old and cutting:
         what = "--freeze-old holds parts of matrices still"
         raise RecipeError(f"{what}, which {cutting[0]} cuts up", f"leave out {cutting[0]}")
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = "true"  # so that the output can be gathered
     processes = PartialState(cpu=asked.device == "cpu")
     as_the_first(processes, lambda: check_run(run_folder(out), resume=resume, overwrite=overwrite))
     with enough_for(asked):

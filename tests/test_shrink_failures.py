@@ -166,8 +166,10 @@ def test_a_model_that_writes_no_numbers_in_its_own_dtype_needs_a_text(tmp_path, 
 )
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")], ids=repr)
 def test_too_little_memory_to_write_a_text_says_to_give_one(
-    place, what, error, source, tmp_path, capsys, monkeypatch
+    place, what, error, source, tmp_path, tmp_path_factory, capsys, monkeypatch
 ):
+    monkeypatch.setenv("DSLM_CACHE", str(tmp_path_factory.mktemp("cache")))  # in which it has written nothing
+
     def full(*arguments, **options):
         raise error
 

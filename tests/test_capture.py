@@ -205,13 +205,15 @@ def test_a_one_stands_behind_what_a_writer_with_a_bias_reads(tmp_path, monkeypat
 
 def test_a_stream_is_surveyed_on_some_tokens_and_measured_on_others(llama, monkeypatch):
     surveyed, measured = [], []
-    survey, losses = capture_module.survey_stream, capture_module.removal_losses
+    survey = capture_module.survey_stream
     monkeypatch.setattr(
         capture_module, "survey_stream", lambda w, ids, **o: surveyed.append(ids) or survey(w, ids, **o)
     )
-    monkeypatch.setattr(
-        capture_module, "removal_losses", lambda w, ids, *o: measured.append(ids) or losses(w, ids, *o)
-    )
+    for name in ("walked_loss", "removal_losses"):
+        losses = getattr(capture_module, name)
+        monkeypatch.setattr(
+            capture_module, name, lambda w, ids, *o, losses=losses: measured.append(ids) or losses(w, ids, *o)
+        )
     fit, ids = pico.tokens(1, rows=4), pico.tokens(2, rows=2)
     capture(Walk(llama), fit, ids, sizes_of(llama), Recipe(), {})
     assert [seen.tolist() for seen in surveyed] == [fit.tolist()]
@@ -228,7 +230,7 @@ def test_what_is_chosen_and_what_stands_in_go_by_the_recipe(llama):
 
 
 def test_a_model_without_a_loss_is_refused(tmp_path, monkeypatch, llama):
-    monkeypatch.setattr(capture_module, "removal_losses", lambda *_: [math.nan])
+    monkeypatch.setattr(capture_module, "walked_loss", lambda *_: math.nan)
     with pytest.raises(VerificationError, match="loss is not finite"):
         captured(llama, shrinking.windows())
 
@@ -247,7 +249,7 @@ def test_the_next_target_needs_no_walk(llama, cache, monkeypatch):
     monkeypatch.setattr(capture_module, "Walk", walk)
     monkeypatch.setattr(search_module, "Walk", walk)
     assert captured(llama, windows) == first
-    assert search(llama, round(0.9 * total(llama)), windows, build=0, device="cpu")
+    assert search(llama, round(0.8 * total(llama)), windows, build=0, device="cpu").shapes
     with pytest.raises(AssertionError, match="walked again"):
         captured(llama, shrinking.windows(seed=1))
 

@@ -103,7 +103,7 @@ def heal(
     from dslm.checkpoint.reader import open_folder
     from dslm.train.run import train_checkpoint
 
-    if overwrite:  # a run of the model that was there before
+    if overwrite and goes_on_in_place(out, out):  # a run of the model that was there before
         shutil.rmtree(run_folder(out), ignore_errors=True)
     asked = _training(tokens, data, teacher=teacher, seed=seed, device="cpu" if device == "cpu" else "auto")
     try:

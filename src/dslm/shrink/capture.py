@@ -19,7 +19,7 @@ from dslm.shrink.encoder import survey_stream
 from dslm.shrink.rebuild import Windows
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.silence import silenced_losses
-from dslm.shrink.survey import few, removal_losses
+from dslm.shrink.survey import few, removal_losses, walked_loss
 from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Folded, Stored
 from dslm.shrink_plan import stream_can_shrink
@@ -125,7 +125,7 @@ def capture(
         VerificationError: the model's loss is not finite.
     """
     nothing, some_BT = frozenset[int](), ids_BT[:_WINDOWS, :_TOKENS]
-    base = removal_losses(walk, ids_BT, [nothing])[0]
+    base = walked_loss(walk, ids_BT)
     if not math.isfinite(base):
         raise VerificationError(
             "the model's loss is not finite", "the checkpoint is broken, or not a language model"
@@ -188,7 +188,7 @@ def _stream_losses(
             survey = survey or survey_stream(walk, few(fit_BT), tied=sizes.tied, progress=progress)
             stream = survey.encoder(target.hidden_size)
             narrow = Walk(Folded(walk.weights, target, layers, {}, stream), walk.device)
-            found.append((("stream", target), removal_losses(narrow, ids_BT, [frozenset()])[0]))
+            found.append((("stream", target), walked_loss(narrow, ids_BT)))
     return found
 
 

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from dslm.errors import CheckpointError
-from dslm.families import Family
 from dslm.families.axes import Role
-from dslm.families.family import Config
 from dslm.shrink.tap import reads_stream
 from dslm.shrink.walk import Walk
-from dslm.shrink.weights import Weights
+from dslm.shrink.weights import Changed, Weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,21 +86,10 @@ def rotation(gram_SS: Tensor, last_gain_S: Tensor | None, count: int, gains: Map
 
 
 @dataclass(frozen=True, slots=True)
-class Absorbed:
+class Absorbed(Changed):
     """Weights of a model in which the norms' gains are one and the matrices behind them carry what they were."""
 
-    base: Weights
     gains: Mapping[str, str]
-
-    @property
-    def family(self) -> Family:
-        """The model's family."""
-        return self.base.family
-
-    @property
-    def config(self) -> Config:
-        """The model's config."""
-        return self.base.config
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""

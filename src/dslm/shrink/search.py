@@ -22,7 +22,7 @@ from dslm.shrink.capture import Capture, captured, damage, shares_cut
 from dslm.shrink.rebuild import Windows, importance_for
 from dslm.shrink.recipe import Recipe
 from dslm.shrink.redundancy import exact_stage
-from dslm.shrink.survey import removal_losses
+from dslm.shrink.survey import walked_loss
 from dslm.shrink.walk import Walk, walking_device
 from dslm.shrink.weights import Stored
 from dslm.shrink_plan import check_groups
@@ -179,7 +179,7 @@ class _Builder:
         before, target = Sizes.from_config(reduced.family, reduced.config), shape.sizes
         if before == target:
             walk = Walk(reduced, walking_device(self.device))
-            loss = removal_losses(walk, self.windows.held_out, [frozenset()])[0]
+            loss = walked_loss(walk, self.windows.held_out)
             return replace(shape, measured=loss, layers=tuple(range(before.num_hidden_layers)))
         check_groups(before, target, reduced.family, reduced.config)
         felt = self._felt(target) if reduced is self.weights else None

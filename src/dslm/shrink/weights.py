@@ -133,8 +133,12 @@ class Folded:
 
 
 @dataclass(frozen=True, slots=True)
-class TwoTables:
-    """Weights in which the output has a table of its own, made from the input's where there is only one."""
+class Changed:
+    """Weights of which some are read as other numbers, under the same config.
+
+    Attributes:
+        base: the weights.
+    """
 
     base: Weights
 
@@ -148,6 +152,11 @@ class TwoTables:
         """The config of the weights it is made from."""
         return self.base.config
 
+
+@dataclass(frozen=True, slots=True)
+class TwoTables(Changed):
+    """Weights in which the output has a table of its own, made from the input's where there is only one."""
+
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
         made = name == self.family.head and self.family.is_tied(self.config)
@@ -155,26 +164,14 @@ class TwoTables:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Changed):
     """Weights as a file will hold them.
 
     Attributes:
-        base: the weights.
         dtypes: tensor name -> what it is kept in.
     """
 
-    base: Weights
     dtypes: Mapping[str, torch.dtype]
-
-    @property
-    def family(self) -> Family:
-        """The model's family."""
-        return self.base.family
-
-    @property
-    def config(self) -> Config:
-        """The model's config."""
-        return self.base.config
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, rounded to its dtype.

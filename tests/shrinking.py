@@ -126,5 +126,5 @@ def rebuilt_logits(walk, ids: torch.Tensor) -> torch.Tensor:
     for layer in range(len(walk.blocks)):
         with walk.block(layer):
             hidden = walk.run(layer, hidden)
-    with walk.head() as head:
-        return head(hidden).double()
+    with walk.head():
+        return walk.logits(hidden).double()

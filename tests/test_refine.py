@@ -9,7 +9,9 @@ import pico
 import shrinking
 from dslm.shrink import refine as module
 from dslm.shrink import steps as steps_module
+from dslm.shrink import walk as walk_module
 from dslm.shrink.refine import kl_loss, refine, steps_for, stream_loss
+from dslm.shrink.survey import walked_loss
 from dslm.shrink.walk import Walk
 from dslm.shrink.weights import Stored
 
@@ -68,14 +70,23 @@ def test_what_is_said_is_compared_in_pieces(family, variant, tmp_path, monkeypat
             stream = walk.run(layer, stream)
     windows = torch.tensor([4, 1])
     out = stream.roll(1, dims=1)  # each position says what the one before it should
-    with walk.head() as logits:
-        off = logits(out)[windows][:, positions].log_softmax(-1)
+    with walk.head():
+        off = walk.logits(out)[windows][:, positions].log_softmax(-1)
         found = kl_loss(walk, walk, lambda some: stream[some])(out[windows][:, positions], windows, positions)
     with torch.no_grad():
         said = model(input_ids=ids).logits[windows][:, positions].log_softmax(-1)
     expected = (said.exp() * (said - off)).sum() / len(positions)
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
     assert float(found) > 0.1
+
+
+@pytest.mark.parametrize(("family", "variant"), [("gemma2", "windows-softcaps"), ("phi", "mha")])
+def test_a_loss_is_taken_in_pieces(family, variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(walk_module, "_LOGITS", 7 * pico.VOCAB)
+    ids, model = pico.tokens(rows=3, length=20), pico.make_model(family, variant)
+    found = walked_loss(Walk(Stored(shrinking.make_source(tmp_path, family, variant))), ids)
+    with torch.no_grad():
+        assert found == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-5)
 
 
 def test_steps_see_the_text_so_often_at_most():

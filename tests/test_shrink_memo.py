@@ -74,6 +74,6 @@ def test_the_loss_that_is_reported_is_that_of_the_model(family, variant, tmp_pat
     for layer in range(2):
         with walk.block(layer):
             stream = walk.run(layer, stream)
-    with walk.head() as logits:
-        loss = mean_loss(logits, stream, windows.held_out, walk.device)
+    with walk.head():
+        loss = mean_loss(walk, stream, windows.held_out)
     assert found.losses["held-out"][1] == pytest.approx(loss, rel=1e-6)

@@ -131,8 +131,8 @@ def bridged_losses(
                     before[layer + 1] = x_BTX, teacher, bias_of(walk, writer) is not None
         if progress is not None:
             progress("ranking layers", layer + 1, len(walk.blocks))
-    with walk.head() as logits:
-        return [mean_loss(logits, streams[plan], ids_BT, walk.device) for plan in plans]
+    with walk.head():
+        return [mean_loss(walk, streams[plan], ids_BT) for plan in plans]
 
 
 def _past(walk: Walk, layer: int, stream_BTD: Tensor, writer: str | None) -> tuple[Tensor, Tensor]:

@@ -231,7 +231,7 @@ def _losses(run: _Run, windows: Windows) -> dict[str, tuple[float, float]]:
         start += len(ids)
     found: dict[str, list[float]] = {}
     for walk, stream in ((run.teacher, run.streams.teacher), (run.student, run.streams.student)):
-        with walk.head() as logits:
+        with walk.head():
             for label, (ids, where) in parts.items():
-                found.setdefault(label, []).append(mean_loss(logits, stream[where], ids, walk.device))
+                found.setdefault(label, []).append(mean_loss(walk, stream[where], ids))
     return {label: (pair[0], pair[1]) for label, pair in found.items()}

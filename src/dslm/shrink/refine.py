@@ -91,8 +91,7 @@ def kl_loss(teacher: Walk, student: Walk, ends: Callable[[Tensor], Tensor]) -> L
 
 def positions_at_once(walk: Walk, windows: int = 1) -> int:
     """Positions of each of some windows whose logits exist at once."""
-    vocab: int = walk.model.get_output_embeddings().out_features
-    return max(1, _LOGITS // vocab // windows)
+    return max(1, _LOGITS // walk.vocab // windows)
 
 
 def refine(

@@ -69,8 +69,8 @@ def silenced_losses(
                     streams[i] = walk.run(layer, streams[i])
         if progress is not None:
             progress("measuring cuts", layer + 1, len(walk.blocks))
-    with walk.head() as logits:
-        return [mean_loss(logits, stream, ids_BT, walk.device) for stream in streams]
+    with walk.head():
+        return [mean_loss(walk, stream, ids_BT) for stream in streams]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

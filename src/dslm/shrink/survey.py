@@ -43,8 +43,8 @@ def walked_loss(walk: Walk, ids_BT: Tensor, progress: Progress | None = None) ->
                 stream_BTD[some] = walk.run(layer, stream_BTD[some])
         if progress is not None:
             progress("measuring", layer + 1, len(walk.blocks))
-    with walk.head() as logits:
-        return mean_loss(logits, stream_BTD, ids_BT, walk.device)
+    with walk.head():
+        return mean_loss(walk, stream_BTD, ids_BT)
 
 
 def removal_losses(
@@ -76,5 +76,5 @@ def removal_losses(
             whole = walk.run(layer, whole)
         if progress is not None:
             progress("ranking layers", layer + 1, len(walk.blocks))
-    with walk.head() as logits:
-        return [mean_loss(logits, streams.get(i, whole), ids_BT, walk.device) for i in range(len(removals))]
+    with walk.head():
+        return [mean_loss(walk, streams.get(i, whole), ids_BT) for i in range(len(removals))]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from dslm.checkpoint.oracle import refused_config, stored_parameters
 from dslm.errors import CheckpointError, DslmError, VerificationError
@@ -27,6 +28,8 @@ from dslm.shrink.weights import Weights
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _WINDOWS = 8
 """Windows that are embedded at once."""
+_LOGITS = 2**26
+"""Logits at once when a loss is taken: 256 MiB. With smaller pieces a vocabulary of 262,144 takes longer."""
 
 
 def walking_device(name: str) -> torch.device:
@@ -165,10 +168,10 @@ class Walk:
         return result
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The end of the model: a function from the stream ``[B, T, D]`` to logits ``[B, T, V]``."""
+    def head(self) -> Iterator[None]:
+        """The end of the model with its weights, for as long as the context lasts."""
         with self._loaded(self._outside(head=True)):
-            yield self.logits
+            yield
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """What the end of the model makes of the stream, ``[B, T, V]``; within `head`, each position for itself."""
@@ -179,6 +182,12 @@ class Walk:
         with _stubs(self.blocks, stubs):
             logits: Tensor = self.model(inputs_embeds=empty, use_cache=False).logits
         return logits.float()
+
+    @property
+    def vocab(self) -> int:
+        """Logits per position."""
+        size: int = self.model.get_output_embeddings().out_features
+        return size
 
     def before_head(self, hidden_BTD: Tensor) -> Tensor:
         """What the output table reads, ``[B * T, S]``; within `head`."""
@@ -235,14 +244,20 @@ class Walk:
         }
 
 
-def mean_loss(
-    logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, ids_BT: Tensor, device: torch.device
-) -> float:
-    """Mean cross-entropy in nats per predicted token, over the tokens of all processes of a distributed run."""
+def mean_loss(walk: Walk, hidden_BTD: Tensor, ids_BT: Tensor) -> float:
+    """Mean cross-entropy in nats per predicted token, over the tokens of all processes of a distributed run.
+
+    Args:
+        walk: the model, within its `Walk.head`.
+        hidden_BTD: the stream behind its last block.
+        ids_BT: the windows, int64.
+    """
+    size = max(1, _LOGITS // walk.vocab)
     total = 0.0
-    for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
-        logits_TV = logits(hidden_TD[None].to(device))[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:].to(device), reduction="sum"))
+    for hidden_TD, ids_T in zip(hidden_BTD[:, :-1], ids_BT[:, 1:], strict=True):
+        for some_ND, next_N in zip(hidden_TD.split(size), ids_T.split(size), strict=True):
+            logits_NV = walk.logits(some_ND[None].to(walk.device))[0]
+            total += float(cross_entropy(logits_NV, next_N.to(walk.device), reduction="sum"))
     sums = torch.tensor([total, ids_BT.shape[0] * (ids_BT.shape[1] - 1)], dtype=torch.float64)
     sum_over_processes(sums)
     return float(sums[0] / sums[1])

@@ -29,7 +29,9 @@ def cut(tokenizer, text: str, count: int, seed: int) -> torch.Tensor:
     opens = start if start == [tokenizer.bos_token_id] else []
     read = LENGTH - len(opens)
     windows = torch.tensor(ids[: len(ids) // read * read]).view(-1, read)
-    windows = torch.cat([torch.tensor(opens * len(windows), dtype=torch.int64).view(len(windows), -1), windows], dim=1)
+    windows = torch.cat(
+        [torch.tensor(opens * len(windows), dtype=torch.int64).view(len(windows), -1), windows], dim=1
+    )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:count]]
 

@@ -53,6 +53,27 @@ def test_starting_imports_neither_torch_nor_transformers(bare, arguments):
     assert done.stdout
 
 
+@pytest.mark.parametrize(
+    ("asked", "spins"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_threads_wait_for_each_other_for_a_moment_only_unless_asked(asked, spins):
+    unset = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    code = (
+        "import os, sys\n"
+        "from dslm.cli.main import main\n"
+        "sys.argv = ['dslm', '--version']\n"
+        "try:\n    main()\nfinally:\n    print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=unset | asked, check=True
+    )
+    assert done.stdout.splitlines()[-1] == spins
+
+
 def test_help_lists_every_command_and_imports_none():
     homes = {home for home, _ in COMMANDS.values()}
     done = in_subprocess(

@@ -87,6 +87,10 @@ def main() -> None:
     # Imports make hundreds of thousands of objects that all stay; looking through them for garbage again and again
     # takes a fifth of the time that torch and transformers need to import.
     gc.set_threshold(100_000, 50, 1000)
+    # Threads of OpenMP that wait for each other keep their cores busy for milliseconds, in which a machine with other
+    # work lets nobody go on: small steps then take twice as long. Some ten microseconds are enough where there is none.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     code = run(sys.argv[1:])
     gc.freeze()  # nor need the interpreter look through them once more before it ends
     sys.exit(code)

@@ -1,8 +1,8 @@
 """Perplexity in one protocol: articles that nothing was fitted on, windows of 1024 tokens, float32.
 
-A WikiText file is split by article (lines like `` = Title = ``). Windows do not overlap; each begins with the start token
-where the model's tokenizer opens a text with one, as Gemma's does and SmolLM2's does not. The mean is over predicted
-tokens.
+A WikiText file is split by article (lines like `` = Title = ``). Windows do not overlap; each begins with the start
+token where the tokenizer opens a text with one, as that of Gemma does and that of SmolLM2 does not. The mean is over
+predicted tokens.
 """
 
 from __future__ import annotations

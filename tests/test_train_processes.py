@@ -7,14 +7,18 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import calling
 import training
+from dslm.train.runs import last_checkpoint
 from training import QUICK, metrics
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
@@ -97,6 +101,37 @@ def test_deepspeed_learns_from_the_source_as_one_process(stage, call, model, dat
         assert ours == pytest.approx(theirs, rel=1e-4)
     code, said, _ = call("diff", whole, out, "--max-kl", 1e-6)
     assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    "module", [AS_MODULE, ON_FSDP, ON_DEEPSPEED], ids=["replicas", "cut up", "deepspeed"]
+)
+def test_two_processes_go_on_after_kill_9(call, model, data, tmp_path, monkeypatch, module):
+    if module is ON_DEEPSPEED:
+        pytest.importorskip("deepspeed")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    whole, out, run = tmp_path / "one", tmp_path / "two", tmp_path / "two.run"
+    options = [*OPTIONS, "--max-steps", 30, "--eval-every", 5, "-q"]
+    assert call("train", model, "-o", whole, "--data", data, *options, "--batch-size", 4)[0] == 0
+    train = ["train", model, "-o", out, "--data", data, *options, "--batch-size", 2]
+    broken_off = threading.Thread(
+        target=launch,
+        args=(1, ["--nproc-per-node", 2, "--master-port", free_port()], [*module, *train]),
+        kwargs={"code": 1},
+    )
+    broken_off.start()
+    while not (run / "checkpoint-10" / "trainer_state.json").exists() and broken_off.is_alive():
+        time.sleep(0.005)
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if str(out) in line and "torch.distributed.run" not in line:
+            process.kill()
+    broken_off.join()
+    assert not out.exists(), "it was too fast to be killed"
+    assert last_checkpoint(run, 30)
+    launch(1, ["--nproc-per-node", 2, "--master-port", free_port()], [*module, *train, "--resume"])
+    for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize("module", [AS_MODULE, ON_FSDP], ids=["replicas", "cut up"])

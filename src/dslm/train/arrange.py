@@ -99,6 +99,7 @@ def arrange(
         seed=asked.seed,
         data_seed=asked.seed,
         report_to=[],
+        ddp_find_unused_parameters=False,  # each one takes part in each step
         disable_tqdm=True,
         remove_unused_columns=False,
         include_num_input_tokens_seen="all",

@@ -156,6 +156,16 @@ def test_a_depth_that_no_model_has_is_refused_at_once(call, tmp_path):
     assert "more than any model has" in calling.one_line(err)
 
 
+@pytest.mark.parametrize("word", ["attention", "key-value"])
+def test_one_number_says_both_head_counts_where_they_are_the_same(call, word, tmp_path):
+    save(make_model("gpt_neox", "parallel"), tmp_path / "source")
+    wider = ["--hidden-size", 64, f"--num-{word}-heads", 8]
+    code, out, err = call("up", tmp_path / "source", *wider, "--dry-run", "--json")
+    assert code == 0, err
+    heads = {key: after for key, (_, after) in json.loads(out)["changes"].items() if key.endswith("heads")}
+    assert heads == {"num_attention_heads": 8, "num_key_value_heads": 8}
+
+
 def test_like_a_wider_and_shallower_model_says_what_can_be_done(call, tmp_path):
     source = open_folder(save(make_model("llama", "mha"), tmp_path / "source"))
     grow(source, tmp_path / "deep", source.sizes.replace(num_hidden_layers=5))

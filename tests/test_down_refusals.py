@@ -98,18 +98,23 @@ NO_GAIN = (
     "cannot shrink: the table is both written and read, and there is no gain before the output to make up for the "
     "change; give the output its own table with --untie, or shrink the other sizes"
 )
-SIXTEEN = ["--hidden-size", "16", "--num-attention-heads", "2", "--num-key-value-heads", "2"]
+SIXTEEN = ["--hidden-size", "16", "--num-attention-heads", "2"]
 STUCK = [
     # family, variant, what is asked for, what the line offers, and that as options
     ("gpt_neox", "parallel", ["--num-attention-heads", "2"],
-     "nearest legal: hidden_size 16 with num_attention_heads 2 and num_key_value_heads 2", SIXTEEN),
+     "which must stay 8: 32 / 2 is not; nearest legal: hidden_size 16 with num_attention_heads 2", SIXTEEN),
     ("gpt_neox", "parallel", ["--num-attention-heads", "2", "--num-key-value-heads", "2"],
      "which must stay 8: 32 / 2 is not; nearest legal: hidden_size 16 with num_attention_heads 2", SIXTEEN),
     ("opt", "pre-norm", ["--num-attention-heads", "2", "--num-key-value-heads", "2"],
      "which must stay 8: 32 / 2 is not; nearest legal: hidden_size 16 with num_attention_heads 2", SIXTEEN),
     ("gpt_neox", "parallel", ["--hidden-size", "20"],
-     "nearest legal: hidden_size 24 with num_attention_heads 3 and num_key_value_heads 3 or "
-     "hidden_size 16 with num_attention_heads 2 and num_key_value_heads 2", SIXTEEN),
+     "nearest legal: hidden_size 24 with num_attention_heads 3 or hidden_size 16 with num_attention_heads 2", SIXTEEN),
+    ("gpt_neox", "parallel", ["--num-key-value-heads", "2"],
+     "which must stay 8: 32 / 2 is not; nearest legal: hidden_size 16 with num_attention_heads 2", SIXTEEN),
+    ("gpt_neox", "parallel", ["--num-attention-heads", "2", "--num-key-value-heads", "4"],
+     "gpt_neox has as many key-value heads as query heads; nearest legal: "
+     "hidden_size 16 with num_attention_heads 2 and num_key_value_heads 2",
+     ["--hidden-size", "24", "--num-key-value-heads", "3"]),
     ("phi3", "longrope", ["--hidden-size", "24"],
      "nearest legal: hidden_size 16 with num_attention_heads 2 or "
      "hidden_size 8 with num_attention_heads 1 and num_key_value_heads 1",

@@ -111,7 +111,7 @@ def _legal_instead(source: Sizes, target: Sizes, family: Family, config: Config)
     if near:
         first, *others = near.values()
         shown = [first, *others[:1]] if distance(first)[0] else [first]
-        return f"nearest legal: {' or '.join(_in_words(sizes, source, target) for sizes in shown)}"
+        return f"nearest legal: {' or '.join(_in_words(sizes, source, target, family) for sizes in shown)}"
     if not stream_can_shrink(family, config, target.tied):
         return f"hidden_size, which goes with it, cannot shrink: {_TIED_STREAM}; {_OTHERWISE}"
     return "shrink intermediate_size or num_hidden_layers"
@@ -141,11 +141,12 @@ def _reached(source: Sizes, sizes: Sizes, family: Family, config: Config) -> boo
     return next(groups) <= next(groups) and before ^ after <= {family.head}
 
 
-def _in_words(sizes: Sizes, source: Sizes, target: Sizes) -> str:
-    """The head counts, with the width if it is not the source's; the second only if it was not asked for."""
+def _in_words(sizes: Sizes, source: Sizes, target: Sizes, family: Family) -> str:
+    """The head counts, with the width if it is not the source's; the second only if it has to be asked for."""
     width = "" if sizes.hidden_size == source.hidden_size else f"hidden_size {sizes.hidden_size} with "
-    same = sizes.num_key_value_heads == target.num_key_value_heads
-    kv_heads = "" if same else f" and num_key_value_heads {sizes.num_key_value_heads}"
+    follows = "kv_heads" not in family.size_keys and target.num_attention_heads == target.num_key_value_heads
+    unasked = sizes.num_key_value_heads != target.num_key_value_heads and not follows
+    kv_heads = f" and num_key_value_heads {sizes.num_key_value_heads}" if unasked else ""
     return f"{width}num_attention_heads {sizes.num_attention_heads}{kv_heads}"
 
 

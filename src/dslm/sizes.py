@@ -77,6 +77,17 @@ class Sizes:
         """A copy with some sizes changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def with_named(self, family: Family, named: Mapping[str, int]) -> Sizes:
+        """A copy with the sizes that were asked for by name.
+
+        Where a family has as many key-value heads as query heads, one number says both.
+        """
+        heads = ("num_attention_heads", "num_key_value_heads")
+        given = {word: named[word] for word in heads if word in named}
+        if "kv_heads" not in family.size_keys and len(given) == 1:
+            named = {**named, **dict.fromkeys(heads, *given.values())}
+        return self.replace(**named)
+
     def as_dict(self) -> dict[str, int | bool]:
         """The sizes by name, in a fixed order."""
         return asdict(self)

@@ -42,7 +42,7 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
         return like(source.sizes, sizes_of(options["like_model"]))
     hidden = parse_divisor("1" if hidden_by is None else hidden_by)
     intermediate = parse_divisor("1" if ffn_by is None else ffn_by)
-    return divided(family, config, hidden, intermediate).replace(**named)
+    return divided(family, config, hidden, intermediate).with_named(family, named)
 
 
 def wanted_parameters(source: Checkpoint, options: dict[str, Any]) -> int:

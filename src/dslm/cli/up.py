@@ -198,7 +198,7 @@ def target_sizes(source: Checkpoint, options: dict[str, Any]) -> Sizes:
         return like(source.sizes, sizes_of(options["like_model"]))
     hidden = parse_multiplier("1" if hidden_times is None else hidden_times)
     intermediate = parse_multiplier("1" if ffn_times is None else ffn_times)
-    return scaled(family, config, hidden, intermediate).replace(**named)
+    return scaled(family, config, hidden, intermediate).with_named(family, named)
 
 
 def _verify(

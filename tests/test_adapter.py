@@ -99,6 +99,16 @@ def test_an_adapter_of_other_shapes_is_refused(call, model, tmp_path):
     assert "cannot be put on tiny" in calling.one_line(err)
 
 
+def test_an_adapter_that_changes_no_layer_is_refused(call, model, tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft about transformers
+        peft.get_peft_model(load(model, torch.float32), config).save_pretrained(tmp_path / "prompt")
+    code, _, err = call("eval", model, "--adapter", tmp_path / "prompt", "-q")
+    assert code == 1
+    assert "prompt changes no layer of a model" in calling.one_line(err)
+
+
 def test_an_adapter_that_was_trained_on_another_model_is_refused_by_its_record(
     call, model, adapter, tmp_path
 ):

@@ -125,12 +125,20 @@ def test_the_commands_are_where_the_table_says():
         (["diff", "x", "y", "--min-agreement", "99"], "--min-agreement"),
         (["diff", "x", "y", "--require-alive", "--no-liveness"], "--no-liveness"),
         (["diff", "x", "y", "--text", "gone.txt"], "there is no such file"),
+        (["gen", "x", "-p", "w3 \udcff"], "'w3 ?' is not UTF-8 text"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_2(call, arguments, expected):
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert expected in one_line(err)
+
+
+def test_the_home_folder_is_known_behind_an_option(call, bare, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = call("up", bare, "--output=~/wide", "-upm", 2, "-q")
+    assert code == 0, err
+    assert (tmp_path / "wide" / "model.safetensors").is_file()
 
 
 def test_a_known_failure_is_one_line_and_1(call, tmp_path):

@@ -52,6 +52,12 @@ def test_padding_has_no_split_in_its_card():
     assert "Split: uneven." in card
 
 
+def test_a_command_can_be_pasted_whatever_its_model_is_called():
+    target = Sizes.from_config(load_family("llama"), SMOLLM2).replace(intermediate_size=3072)
+    plan = plan_growth("model & co", load_family("llama"), SMOLLM2, target)
+    assert command_of(plan).startswith("dslm up 'model & co' --intermediate-size 3072 ")
+
+
 def test_two_tables_cannot_be_tied():
     family = load_family("gpt_neox")
     target = Sizes.from_config(family, PYTHIA).replace(tied=True)

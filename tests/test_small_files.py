@@ -36,6 +36,8 @@ NOT_COPIED = {
     ".gitattributes": b"*.bin filter=lfs",
     "pytorch_model.bin.index.json": b"{}",
     "old.safetensors.index.json": b"{}",
+    "adapter_config.json": b'{"base_model_name_or_path": "someone/something"}',
+    "trainer_state.json": b"{}",
 }
 
 

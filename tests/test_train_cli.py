@@ -244,6 +244,8 @@ def test_a_shrunk_model_learns_from_its_source(call, model, data, tmp_path):
     record = json.loads((healed / "dslm.json").read_text())
     assert record["plan"]["model"] == "tiny"
     assert record["trained"][0]["settings"]["teacher"] == "source"
+    headings = [line for line in (healed / "README.md").read_text().splitlines() if line.startswith("# ")]
+    assert headings == ["# healed"]
 
 
 def kl(teacher, student, ids):

@@ -91,6 +91,61 @@ def test_of_a_conversation_the_assistant_s_turns_are_learned(tokenizer):
     assert found.whole
 
 
+THINKS = (  # only behind the last question, as Qwen3's does
+    "{% set last = namespace(user=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ 'w10 ' if m.role == 'user' else 'w11 ' }}"
+    "{{ 'w13 w14 ' if m.role == 'assistant' and loop.index > last.user else '' }}{{ m.content }} w12 {% endfor %}"
+    "{% if add_generation_prompt %}w11 {% endif %}"
+)
+REMINDS = (  # of the system's text only in a question that is the last turn, as Mistral's does
+    "{% set system, turns = messages[0].content, messages[1:] %}"
+    "w9 {% for m in turns %}{% if m.role == 'user' %}w10 {{ system ~ ' ' if loop.last else '' }}{{ m.content }} w11"
+    "{% else %} {{ m.content }} w12 {% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "expected"),
+    [
+        (THINKS, (), [
+            ([10, 20, 12, 11, 13, 14, 30, 12], [13, 14, 30, 12]),
+            ([10, 20, 12, 11, 30, 12, 10, 22, 12, 11, 13, 14, 31, 32, 12], [13, 14, 31, 32, 12]),
+        ]),
+        (REMINDS, ("system",), [
+            ([9, 10, 40, 20, 11, 30, 12], [30, 12]),
+            ([9, 10, 20, 11, 30, 12, 10, 40, 22, 11, 31, 32, 12], [31, 32, 12]),
+        ]),
+    ],
+    ids=["thoughts", "system"],
+)  # fmt: skip
+def test_where_a_template_writes_earlier_turns_otherwise_each_answer_is_learned_by_itself(
+    tokenizer, template, system, expected
+):
+    tokenizer.chat_template = template
+    turns = [
+        ("user", "w20"),
+        ("assistant", "w30"),
+        ("user", "w22"),
+        ("assistant", "w31 w32"),
+        ("user", "w23"),
+    ]
+    turns = [(role, "w40") for role in system] + turns
+    row = Row("", tuple({"role": role, "content": content} for role, content in turns))
+    found = read_tokens(tokenizer, [row], "tiny")
+    assert [(one.ids.tolist(), one.ids[one.learned].tolist()) for one in found] == expected
+    assert all(one.whole for one in found)
+
+
+def test_an_answer_that_a_template_hides_is_refused(tokenizer):
+    tokenizer.chat_template = REMINDS.replace("{% else %} {{ m.content }} w12", "{% else %} w30 w12")
+    row = Row(
+        "", tuple({"role": r, "content": f"w{i + 40}"} for i, r in enumerate(("system", "user", "assistant")))
+    )
+    with pytest.raises(RecipeError, match="otherwise than it was said"):
+        read_tokens(tokenizer, [row], "tiny")
+
+
 def test_a_refused_conversation_is_named(tokenizer):
     tokenizer.chat_template = TEMPLATE
     row = Row(

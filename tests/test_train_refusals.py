@@ -1,6 +1,7 @@
 """What ``dslm train`` refuses, in one line, with nothing written or lost."""
 
 import re
+import shutil
 import sys
 
 import pytest
@@ -201,6 +202,35 @@ def test_a_folder_in_the_place_of_the_run_is_not_deleted(call, model, tmp_path):
     assert code == 1
     assert "out.run is not a run of dslm train" in one_line(err)
     assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["model", "teacher", "data", "teacher in the output"])
+def test_what_a_run_needs_is_neither_dropped_nor_replaced(what, call, model, data, tmp_path):
+    run, out = tmp_path / "out.run", tmp_path / "out"
+    point = shutil.copytree(model, run / "checkpoint-5")
+    (run / "run.json").write_text("{}")
+    shutil.copytree(model, out)
+    mine = shutil.copy(data, point / "mine.jsonl")
+    started = point if what == "model" else model
+    options = {
+        "model": ["--data", data],
+        "teacher": ["--data", data, "--teacher", point],
+        "data": ["--data", mine],
+        "teacher in the output": ["--data", data, "--teacher", out],
+    }[what]
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = call("train", started, "-o", out, *options, *QUICK, "--overwrite")
+    assert code == 1
+    assert re.search("the run needs .*, and .* is replaced or dropped when it is over", one_line(err))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_folder_one_is_in_is_no_output(call, model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--resume"]):
+        code, _, err = call("train", model, "-o", ".", "--data", data, *QUICK, *more)
+        assert code == 1
+        assert "output . is the folder you are in" in one_line(err)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(call, model, data, tmp_path):

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import calling
+import pico
 import training
 from calling import one_line
 from dslm.errors import DslmError, VerificationError
 from dslm.train.arrange import _intervals
 from dslm.train.settings import Training, differing_settings
 from dslm.train.watch import Watch
+from tokenizing import add_tokenizer
 from training import QUICK, metrics
 
 model, call, data = calling.model, calling.call, training.data  # fixtures
@@ -53,6 +55,8 @@ def test_a_run_goes_on_after_kill_9(mode, call, model, data, tmp_path):
     code, _, err = call("train", model, "-o", out, "--data", data, *options, "--resume")
     assert code == 0, err
     assert metrics(out) == metrics(tmp_path / "whole")
+    seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)
     file = "model.safetensors" if mode == "--full" else "adapter_model.safetensors"
     ours, theirs = (load_file(place / file) for place in (out, tmp_path / "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -170,7 +174,41 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(call, model, data, tmp
     other = tmp_path / "other"
     code, _, err = call("train", tmp_path / "out.run" / "checkpoint-7", "-o", other, *options)
     assert code == 0, err  # a checkpoint is a model by itself
+    caches = [json.loads((place / "config.json").read_text())["use_cache"] for place in (model, other)]
+    assert caches == [True, True]
+    assert not (other / "trainer_state.json").exists()
     assert call("train", model, "-o", out, "--data", data, *QUICK, "--resume", "-q")[0] == 0
+
+
+def test_ctrl_c_before_a_run_began_promises_none(call, model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("dslm.train.run._prepare", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, _, err = call("train", model, "-o", tmp_path / "out", "--data", data, *QUICK)
+    assert (code, err.strip()) == (130, "dslm: interrupted; no unfinished output is left")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_samples_of_text_are_greedy_and_within_the_context(family, call, data, tmp_path):
+    """Whatever the model's own settings are; those of the checkpoint stay."""
+    own = {"stop_strings": ["w5"], "num_return_sequences": 2, "do_sample": True, "repetition_penalty": 9.0}
+    variant = {"llama": "gqa-tied", "opt": "pre-norm"}[family]
+    source = pico.save(pico.make_model(family, variant), tmp_path / "source")
+    add_tokenizer(source)
+    (source / "generation_config.json").write_text(json.dumps(own))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    if family == "opt":  # its table of positions has two more rows
+        tensors = load_file(source / "model.safetensors")
+        name = next(name for name in tensors if "embed_positions" in name)
+        save_file(
+            tensors | {name: tensors[name][:34].clone()}, source / "model.safetensors", {"format": "pt"}
+        )
+    out = tmp_path / "out"
+    code, _, err = call("train", source, "-o", out, "--data", data, *QUICK, "--max-steps", 2)
+    assert code == 0, err
+    said = [line.split(" | ") for line in err.splitlines() if " | " in line]
+    assert len(said) == 3
+    assert all(len(prompt.split()) == 8 and 1 <= len(text.split()) <= 24 for prompt, text in said)
+    assert json.loads((out / "generation_config.json").read_text()) == own
 
 
 def test_ctrl_c_twice_stops_at_once(tmp_path):

@@ -97,12 +97,18 @@ def load_model(
 def _put_on(model: Any, adapter: Path, name: str) -> None:
     """Give a model's own layers the adapter's; they stay apart, so nothing is rounded."""
     peft = need("peft", "train", "an adapter")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     try:
         peft.PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{adapter} cannot be put on {name}: {first_line(error)}", "give the model that it was trained on"
         ) from error
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # prompts, for example
+        raise CheckpointError(
+            f"{adapter} changes no layer of a model", "give an adapter with low-rank matrices for layers"
+        )
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:

@@ -26,7 +26,7 @@ _EXPLAINED = {
 
 def command_of(plan: Plan) -> str:
     """The command that makes this plan again, without the places of files."""
-    words = [f"dslm {'down' if plan.shrinks else 'up'} {plan.model}"]
+    words = [f"dslm {'down' if plan.shrinks else 'up'} {shlex.quote(plan.model)}"]
     for size, (_, after) in differing(plan.source, plan.target).items():
         words.append("--untie" if size == "tied" else f"--{size.replace('_', '-')} {after}")
     usual = "reconstruct" if plan.shrinks else "hypercloning"

@@ -15,7 +15,8 @@ from dslm.families import Family
 from dslm.sizes import Sizes
 
 _NOT_COPIED = re.compile(
-    r"config\.json|README\.md|dslm\.json|metrics\.jsonl|loss\.png|.*\.safetensors|.*\.safetensors\.index\.json|.*\.index\.json"
+    r"config\.json|README\.md|dslm\.json|metrics\.jsonl|loss\.png|trainer_state\.json|adapter_config\.json"
+    r"|.*\.safetensors|.*\.index\.json"
     r"|.*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|ot|py|partial|lock)|\..*",
     re.IGNORECASE,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -58,9 +59,20 @@ def output_options(function: Command) -> Command:
     return as_json(quiet(function))
 
 
+class Place(click.Path):
+    """A path, with ``~`` for the home folder also where the shell left it: behind ``--option=``."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        return Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
+
+
 adapter_option = click.option(
     "--adapter",
-    type=click.Path(path_type=Path),
+    type=Place(),
     metavar="FOLDER",
     help="Low-rank adapters to put on MODEL, as dslm train --lora writes them.",
 )

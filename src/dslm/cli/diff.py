@@ -77,7 +77,7 @@ def _read_text(text: str | None) -> str | None:
     """The contents of a file, or the text itself where it cannot be meant as a file."""
     if text is None:
         return None
-    path = Path(text)
+    path = Path(text).expanduser()
     try:
         is_file, is_there = path.is_file(), path.exists()
     except OSError:  # too long for the name of a file

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
+from dslm.cli.common import (
+    Place,
+    console,
+    model_argument,
+    open_model,
+    output_options,
+    print_json,
+    progress_bar,
+)
 from dslm.cli.down_target import check_search, search_shapes, target_sizes, wanted_parameters
 from dslm.cli.heal import (
     check_healing,
@@ -119,7 +127,7 @@ def fixed_options(function: Any) -> Any:
 )
 @click.option(
     "--check",
-    type=click.Path(path_type=Path),
+    type=Place(),
     metavar="TEXT",
     help="Another text file, to report the perplexity on.",
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dslm.cli.common import (
+    Place,
     adapter_option,
     console,
     model_argument,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @model_argument
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
+    type=Place(),
     metavar="FILE",
     help="Text or JSON-lines file to predict.  [default: built in, unless --tasks is given]",
 )
@@ -144,7 +145,7 @@ def _check_text(text: Path) -> None:
     """Read the file once before a model is fetched for it."""
     from dslm.verify.reading import read_documents
 
-    read_documents(text.expanduser())
+    read_documents(text)
 
 
 def _score_text(
@@ -152,9 +153,8 @@ def _score_text(
 ) -> TextReport:
     from dslm.verify.perplexity import evaluate_text
 
-    path = None if text is None else text.expanduser()
     with progress_bar(quiet=quiet) as progress:
-        return evaluate_text(model, path, sequence_length=length, progress=progress, **shared)
+        return evaluate_text(model, text, sequence_length=length, progress=progress, **shared)
 
 
 def _run_tasks(

@@ -109,6 +109,8 @@ def run(arguments: Sequence[str]) -> int:
     _listen(debug)
     interrupt.listen()
     try:
+        for argument in arguments:
+            _check_encoding(argument)
         result = cli.main(args=list(arguments), prog_name="dslm", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
@@ -124,6 +126,19 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         return _explain(error)
+
+
+def _check_encoding(argument: str) -> None:
+    """Refuse bytes that are no text, which no tokenizer and no record could hold.
+
+    Raises:
+        click.UsageError: there are some.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        shown = argument.encode(errors="replace").decode()
+        raise click.UsageError(f"{shown!r} is not UTF-8 text") from error
 
 
 def _listen(debug: bool) -> None:

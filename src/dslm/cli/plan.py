@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dslm.cli.common import console, model_argument, open_model, output_options, print_json, progress_bar
+from dslm.cli.common import (
+    Place,
+    console,
+    model_argument,
+    open_model,
+    output_options,
+    print_json,
+    progress_bar,
+)
 from dslm.errors import CheckpointError, RecipeError, SizeError
 from dslm.plan import METHOD_NAMES, SHRINK_METHODS, Plan, plan_growth, plan_shrink
 from dslm.report.shapes import (
@@ -55,7 +63,7 @@ _MEASURING = ("samples", "sequence_length", "build")
 @click.option(
     "--yaml",
     "yaml_file",
-    type=click.Path(path_type=Path),
+    type=Place(),
     metavar="FILE",
     help="Write the first shape as a plan for dslm up or down --plan.",
 )

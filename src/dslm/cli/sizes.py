@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dslm.cli.common import open_model
+from dslm.cli.common import Place, open_model
 from dslm.errors import RecipeError
 from dslm.report.tables import short_count
 from dslm.sizes import Sizes, count_parameters, differing
@@ -25,12 +25,12 @@ FREE_BESIDE_PLAN = frozenset(
 output_option = click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=Place(),
     metavar="OUT",
     help="Folder to write. [default: NAME-SIZE]",
 )
 plan_option = click.option(
-    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Do what a plan file says."
+    "--plan", "plan_file", type=Place(), metavar="FILE", help="Do what a plan file says."
 )
 untie_option = click.option("--untie", is_flag=True, help="Give the output its own table.")
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dslm.cli.common import (
+    Place,
     console,
     model_argument,
     open_model,
@@ -58,7 +59,7 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     click.option(
         "-o",
         "--output",
-        type=click.Path(path_type=Path),
+        type=Place(),
         required=True,
         metavar="OUT",
         help="Folder to write.",
@@ -134,7 +135,7 @@ def command(
     torchrun --nproc-per-node N -m dslm.cli.main train ...
     """
     from dslm.train.run import train_checkpoint
-    from dslm.train.runs import goes_on_in_place, run_folder
+    from dslm.train.runs import goes_on_in_place, has_begun, run_folder
 
     if options["tokens"] is not None:
         options["tokens"] = parse_count(options["tokens"], "tokens")
@@ -159,7 +160,8 @@ def command(
                 on_evaluation=None if quiet_here else tell_evaluation,
             )
     except KeyboardInterrupt:
-        remark(f"the run so far is in {run_folder(output)}; --resume goes on with it", quiet=quiet_here)
+        if has_begun(output):
+            remark(f"the run so far is in {run_folder(output)}; --resume goes on with it", quiet=quiet_here)
         raise
     if _rank() == 0:
         _report(done, asked.adapts and not asked.merge, as_json)
@@ -192,7 +194,7 @@ def _report(done: Trained, adapter: bool, as_json: bool) -> None:
         return
     rows = [
         ("held-out perplexity", f"{before:.3f}", f"{after:.3f}"),
-        ("tokens trained on", "", f"{done.tokens:,}"),
+        ("tokens read", "", f"{done.tokens:,}"),
         ("optimiser steps", "", f"{done.steps:,}"),
         ("parameters that learned", "", short_count(done.learning)),
     ]

@@ -98,6 +98,7 @@ def arrange(
         logging_nan_inf_filter=False,
         seed=asked.seed,
         data_seed=asked.seed,
+        use_cache=getattr(model.config, "use_cache", None),  # as it was: checkpoints are models by themselves
         report_to=[],
         ddp_find_unused_parameters=False,  # each one takes part in each step
         disable_tqdm=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,9 @@ def read_tokens(
 ) -> list[Document]:
     """Tokenise documents; of a conversation only the assistant's turns are learned.
 
+    Some templates write earlier turns otherwise once there are later ones, as Qwen3's leaves thoughts out of them.
+    There each turn of the assistant becomes a document with what it follows, as the model sees it when it is to answer.
+
     Args:
         tokenizer: a transformers tokenizer.
         rows: what was read.
@@ -100,7 +104,7 @@ def read_tokens(
         )
     documents = []
     for number, row in enumerate(rows, start=1):
-        documents.append(_conversation(tokenizer, row) if row.messages else _text(tokenizer, row.text))
+        documents += _conversation(tokenizer, row) if row.messages else [_text(tokenizer, row.text)]
         if progress is not None and (number % 100 == 0 or number == len(rows)):
             progress("reading text", number, len(rows))
     return [document for document in documents if len(document) > 1]
@@ -113,47 +117,68 @@ def _text(tokenizer: Any, text: str) -> Document:
     return Document(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool), whole=False)
 
 
-def _conversation(tokenizer: Any, row: Row) -> Document:
-    """A conversation by its template; a turn's tokens are those by which the conversation up to it grows."""
+def _conversation(tokenizer: Any, row: Row) -> list[Document]:
+    """A conversation by its template, or each turn of the assistant with what it follows."""
     from jinja2 import TemplateError
 
-    ids: list[int] = []
-    learned: list[bool] = []
     if any(message.get("content") is None for message in row.messages):
         raise RecipeError(
             f"{row.where} has a turn that is not text", "leave out calls of tools, and pictures"
         )
+
+    def written(end: int, *, prompt: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            list(row.messages[:end]), add_generation_prompt=prompt, tokenize=False
+        )
+        return text
+
+    turns = [end for end, message in enumerate(row.messages) if message["role"] == "assistant"]
+    parts: list[tuple[str, bool]] = []
     try:
-        for end, message in enumerate(row.messages, start=1):
-            said = message["role"] == "assistant"
-            if said:
-                ids, learned = _grow(tokenizer, row.messages[: end - 1], ids, learned, False, prompt=True)
-            ids, learned = _grow(tokenizer, row.messages[:end], ids, learned, said, prompt=False)
+        for end in turns:
+            parts.append((written(end, prompt=True) if end else "", False))
+            parts.append((written(end + 1, prompt=False), True))
+        whole = [*parts, (written(len(row.messages), prompt=False), False)]
+        if all(longer.startswith(text) for (text, _), (longer, _) in pairwise(whole)):
+            return [_grown(tokenizer, whole)]
+        contents = [row.messages[end]["content"] for end in turns]
+        asked, answered = ([text for text, _ in parts[first::2]] for first in (0, 1))
+        answers = [_answer(*texts) for texts in zip(asked, answered, contents, strict=True)]
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         why = " ".join(str(error).split())
         raise RecipeError(f"the chat template refuses {row.where}: {why}", "mend that row") from error
+    return [
+        _grown(tokenizer, [(text, False), (text + answer, True)])
+        for text, answer in zip(asked, answers, strict=True)
+    ]
+
+
+def _answer(asked: str, answered: str, content: str) -> str:
+    """What a template adds for an answer, behind what it writes to ask for it.
+
+    Mistral's writes the system's text only while a question is the last turn: then the content tells where it begins.
+
+    Raises:
+        ValueError: the content is not to be found.
+    """
+    if answered.startswith(asked):
+        return answered[len(asked) :]
+    before, found, _ = answered.rpartition(content.strip())
+    if not found:
+        raise ValueError("it writes an answer otherwise than it was said")
+    return answered[len(before.rstrip()) :]
+
+
+def _grown(tokenizer: Any, parts: Sequence[tuple[str, bool]]) -> Document:
+    """A text of which longer and longer parts are given, and whether what each has more is learned."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for text, said in parts:
+        longer: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        pairs = enumerate(zip(ids, longer, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(longer)))
+        ids, learned = longer, [*learned[:same], *[said] * (len(longer) - same)]
     return Document(np.array(ids, dtype=np.int32), np.array(learned, dtype=bool), whole=True)
-
-
-def _grow(
-    tokenizer: Any,
-    messages: Sequence[dict[str, Any]],
-    ids: list[int],
-    learned: list[bool],
-    said: bool,
-    *,
-    prompt: bool,
-) -> tuple[list[int], list[bool]]:
-    """The tokens of more of a conversation, those that are new marked as learned or not."""
-    if not messages:
-        return ids, learned
-    longer: list[int] = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=prompt, return_dict=True
-    )["input_ids"]
-    same = next(
-        (i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), min(len(ids), len(longer))
-    )
-    return longer, [*learned[:same], *[said] * (len(longer) - same)]
 
 
 def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dslm.train.settings import Training
@@ -18,10 +19,10 @@ class Trained:
     Attributes:
         folder: the finished model or adapter.
         steps: optimiser steps.
-        tokens: trained on.
+        tokens: that it read, with what fills blocks of conversations.
         learning: parameters that could learn.
         perplexity: on held-out text, before and after.
-        seconds: how long it took.
+        seconds: how long it took since it was started, or resumed.
         apart: whether documents in a block could not see each other.
     """
 
@@ -68,13 +69,13 @@ def run_record(asked: Training, recipe: str, result: Trained, base: str) -> dict
 
 def _command(asked: Training, settings: dict[str, Any], base: str) -> str:
     default = Training(data=()).as_dict()
-    words = [f"dslm train {base}", *(f"--data {source}" for source in settings["data"])]
+    words = [f"dslm train {quote(base)}", *(f"--data {quote(source)}" for source in settings["data"])]
     words += [] if asked.mode == "full" else [f"--{asked.mode}"]
     for key, value in settings.items():
         if key in ("data", "mode", "learning_rate") or value == default[key]:
             continue
         option = "--" + key.replace("_", "-")
-        words.append(option if value is True else f"{option} {value}")
+        words.append(option if value is True else f"{option} {quote(str(value))}")
     return " ".join([*words, f"--learning-rate {asked.rate:g}"])
 
 

@@ -30,7 +30,7 @@ from dslm.train.data import Blocks, Document, hold_out, read_blocks, read_tokens
 from dslm.train.growth import NEW, Scale, chosen_recipe, freeze_old, growth_scale, recorded_growth
 from dslm.train.loss import Distillation, give_loss
 from dslm.train.record import Trained, run_record
-from dslm.train.runs import as_the_first, check_run, enough_for, prepare_run, run_folder
+from dslm.train.runs import as_the_first, check_run, check_untouched, enough_for, prepare_run, run_folder
 from dslm.train.save import save_adapter, save_plain, table_lines
 from dslm.train.settings import Training, check_training
 from dslm.train.teacher import open_teacher
@@ -82,6 +82,9 @@ def train_checkpoint(
 
     nbytes = 0 if asked.adapts and not asked.merge else checkpoint.nbytes
     check_output(out, None if in_place else checkpoint.folder, nbytes, overwrite=overwrite or in_place)
+    read = [Path(place).expanduser() for place in (*asked.data, asked.eval_data, asked.teacher) if place]
+    check_untouched([out, run_folder(out)], read)
+    check_untouched([run_folder(out)], [checkpoint.folder] if checkpoint.folder else [])
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -268,9 +271,7 @@ def _model(checkpoint: Checkpoint, asked: Training, device: str) -> Any:
     torch.manual_seed(asked.seed)
     if asked.mode == "qlora":
         return load_four_bit(checkpoint, device)
-    model = load_model(checkpoint, dtype="float32", device=device)
-    model.config.use_cache = False
-    return model
+    return load_model(checkpoint, dtype="float32", device=device)
 
 
 def _rates(lines: Mapping[str, Tensor], growth: Growth, recipe: str, *, freeze: bool) -> dict[str, Scale]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ _ASKED = "run.json"
 
 def run_folder(out: Path) -> Path:
     """Where a run is kept until its output is whole: beside it."""
-    return out.with_name(f"{out.name}.run")
+    place = out if out.name not in ("", "..") else out.resolve()
+    return place.with_name(f"{place.name}.run")
+
+
+def has_begun(out: Path) -> bool:
+    """Whether there is a run that has not ended."""
+    return (run_folder(out) / _ASKED).is_file()
 
 
 def prepare_run(
@@ -79,6 +85,25 @@ def check_run(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def check_untouched(folders: Sequence[Path], used: Sequence[Path]) -> None:
+    """Refuse to replace or drop a folder that holds what a run needs.
+
+    Args:
+        folders: that will be replaced or dropped.
+        used: what the run reads; what does not exist is passed over.
+
+    Raises:
+        CheckpointError: one of these lies in one of those.
+    """
+    for folder in folders:
+        for path in used:
+            if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(
+                    f"the run needs {path}, and {folder} is replaced or dropped when it is over",
+                    "choose another place with -o",
+                )
+
+
 def as_the_first(processes: Any, find: Callable[[], Path | None]) -> Path | None:
     """What the first process finds, or is refused with, for all of them.
 
@@ -133,7 +158,7 @@ def enough_for(
 
 def goes_on_in_place(model: Path | None, out: Path) -> bool:
     """Whether an unfinished run is one that replaces the model itself, as ``down --heal-tokens`` does."""
-    return (run_folder(out) / _ASKED).is_file() and model is not None and model.resolve() == out.resolve()
+    return has_begun(out) and model is not None and model.resolve() == out.resolve()
 
 
 def last_checkpoint(folder: Path, below: int) -> Path | None:

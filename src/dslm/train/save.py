@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from importlib import metadata, resources
 from pathlib import Path
@@ -147,4 +148,7 @@ def _card(name: str, checkpoint: Checkpoint, run: Mapping[str, Any], *, picture:
         picture=picture,
         measured={label: short_figure(value) for label, value in run["measured"].items()},
     )
-    return card.read_text(encoding="utf-8") + section if resized else section
+    if not resized:
+        return section
+    before = card.read_text(encoding="utf-8", errors="replace")
+    return re.sub("(?m)^# .*$", lambda _: f"# {name}", before, count=1) + section

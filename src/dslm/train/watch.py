@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 
 from dslm.errors import VerificationError
 from dslm.progress import Progress
@@ -78,7 +78,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._keep_beside = keep_beside
         self._losses: list[float] = []
         self._note = ""
-        self._begin, self._first = time.monotonic(), 0
+        self._begin, self._before, self._first = time.monotonic(), 0.0, 0
 
     def draw(self) -> None:
         """Put a picture of the losses so far beside the metrics, if there are any."""
@@ -110,9 +110,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Forget what an earlier attempt wrote behind the checkpoint that this one goes on from."""
         self._begin, self._first = time.monotonic(), state.num_input_tokens_seen
         if state.is_world_process_zero:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step > 0)
-            self.path.write_text(text, encoding="utf-8")
+            kept = [line for line in read_metrics(self.path) if 0 < state.global_step >= line["step"]]
+            self._before = kept[-1]["seconds"] if kept else 0.0
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show how far it is; where Ctrl-C was pressed, keep the step and stop."""
@@ -154,7 +154,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             line = {
                 "step": state.global_step,
                 "tokens": state.num_input_tokens_seen,
-                "seconds": time.monotonic() - self._begin,
+                "seconds": self._before + time.monotonic() - self._begin,
                 **found,
             }
             with self.path.open("a", encoding="utf-8") as file:
@@ -192,23 +192,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def sampler(model: Any, tokenizer: Any, prompt_ids: list[int]) -> Callable[[], str]:
     """A function that continues a text greedily and gives both, the prompt in front of ``" | "``."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters are in its layers
+    own = base.generation_config
+    context: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    room = _SAMPLE_TOKENS if context is None else context - len(prompt_ids)
+    greedy = GenerationConfig(
+        max_new_tokens=max(1, min(_SAMPLE_TOKENS, room)),
+        do_sample=False,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
 
     def write() -> str:
         model.eval()
         ids = torch.tensor([prompt_ids], device=model.device)
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=_SAMPLE_TOKENS,
-                do_sample=False,
-                temperature=None,
-                top_k=None,
-                top_p=None,
-                pad_token_id=tokenizer.eos_token_id
-                if tokenizer.pad_token_id is None
-                else tokenizer.pad_token_id,
-            )
+        # Set and not passed: what is passed is completed with the model's own settings. Those go into checkpoints.
+        base.generation_config = greedy
+        try:
+            with torch.no_grad():
+                out = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+        finally:
+            base.generation_config = own
         parts = (
             tokenizer.decode(x, skip_special_tokens=True)
             for x in (out[0][: len(prompt_ids)], out[0][len(prompt_ids) :])

@@ -58,6 +58,23 @@ def test_a_growth_that_narrows_the_dtype_is_judged_by_that_dtype(tmp_path):
     assert compare_checkpoints(source, narrow, liveness=False).verdict == "rounded"
 
 
+@pytest.mark.parametrize(("roundings", "verdict"), [(1, "rounded"), (3, "close")])
+def test_a_few_roundings_are_told_from_a_change(roundings, verdict, tmp_path):
+    source = open_folder(save(make_model("llama", "gqa-tied", dtype=torch.bfloat16), tmp_path / "source"))
+    model, generator = make_model("llama", "gqa-tied", dtype=torch.float32), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stored = source.read_rows(name, 0, len(parameter)).float()
+            step = 2.0**-9 / 3**0.5  # of a number halfway to the next power of two, evenly spread
+            noise = torch.randn(stored.shape, generator=generator)
+            parameter.copy_(stored * (1 + roundings * step * noise))
+    other = open_folder(save(model, tmp_path / "other"))
+    report = compare_checkpoints(source, other, liveness=False)
+    assert report.storage is not None
+    assert report.comparison.relative_difference < 10 * report.storage.relative_difference
+    assert report.verdict == verdict
+
+
 def foreign(tmp_path: Path, sizes: dict[str, int], widen) -> Report:
     """Grow the tiny Llama by another rule: ``widen(name, weight, shape)`` gives each tensor."""
     small = make_model("llama", "mha")

@@ -148,7 +148,7 @@ def test_the_report_says_what_was_done_and_what_it_cost(call, asked):
     assert re.search(r"parameters +26,336 +[\d,]+ +\d\d\.\d%", out)
     assert re.search(r"held-out calibration text +20\.000 +25\.000 +x 1\.250", out)
     assert re.search(r"check text +30\.000 +45\.000 +x 1\.500", out)
-    assert "fitted on 448 tokens of the file text.txt" in out
+    assert "calibrated on 448 tokens of the file text.txt" in out
     assert "removed without loss: nothing" in out
     assert "reconstruct, seed 0" in out
     assert "written to out in 1.5 s" in out
@@ -177,7 +177,7 @@ def test_where_nothing_was_approximated_it_says_so(call, asked):
     assert "removed without loss: 1,234 of intermediate_size, 1 of num_hidden_layers" in out
     assert "nothing was approximated" in out
     assert "perplexity" not in out
-    assert "fitted on" not in out
+    assert "calibrated on" not in out
     assert "from layer" not in out
 
 

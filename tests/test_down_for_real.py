@@ -76,7 +76,7 @@ def test_two_tables_of_one_cost_nothing(call, source, tmp_path):
     assert call("-edm", 2, "-upm", 2, "-o", "big", command="up")[0] == 0
     assert run(["down", "big", "--like", str(source), "--untie", "-o", "back", "--json", "-q"]) == 0
     record = json.loads((tmp_path / "back" / "dslm.json").read_text())
-    assert "tokens fitted on" not in record["measured"]
+    assert "tokens calibrated on" not in record["measured"]
     with torch.no_grad():
         before, after = (
             AutoModelForCausalLM.from_pretrained(tmp_path / name)(pico.tokens()).logits

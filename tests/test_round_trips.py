@@ -69,6 +69,33 @@ def test_a_check_text_is_measured_without_a_calibration_text_too(tmp_path, monke
     assert done.tokens == 0
 
 
+def test_what_was_before_is_the_source_where_some_goes_without_loss_and_some_does_not(tmp_path, monkeypatch):
+    ids = tokens(3)
+    monkeypatch.setattr(down, "check_windows", lambda *arguments, **options: ids)
+    source = open_folder(save(make_model("llama", "mha", dtype=torch.bfloat16), tmp_path / "source"))
+    units = source.sizes.intermediate_size
+    grown = grow(source, tmp_path / "grown", source.sizes.replace(intermediate_size=2 * units), split="even")
+    model, generator = load(grown, torch.float32), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # copies are alike within what bfloat16 tells apart
+            parameter.mul_(1 + 0.0015 * torch.randn(parameter.shape, generator=generator))
+    noisy = open_folder(save(model.bfloat16(), tmp_path / "noisy"))
+    plan = plan_shrink(
+        "tiny",
+        noisy.family,
+        noisy.config,
+        noisy.sizes.replace(intermediate_size=units - 4),
+        samples=24,
+        length=24,
+    )
+    done = down.shrink_checkpoint(noisy, plan, tmp_path / "out", check=Path("a.txt"), device="cpu")
+    assert done.removed["intermediate_size"] > units / 2
+    before, after = (
+        shrinking.loss_of(load(tmp_path / name, torch.float32), ids) for name in ("noisy", "out")
+    )
+    assert done.losses["check"] == pytest.approx((before, after), abs=1e-5)
+
+
 def test_down_undoes_a_growth_that_changed_the_size_of_groups(tmp_path):
     save(make_model("llama", "gqa-tied"), tmp_path / "source")
     source = open_folder(tmp_path / "source")

@@ -238,8 +238,11 @@ def check_texts(texts: Sequence[str], samples: int) -> None:
         raise RecipeError("no calibration text is named", f"name some; {SELF}: the model writes it")
     if not all(text.strip() for text in texts):
         raise RecipeError("the name of a calibration text is empty", f"name a file, a data set, or {SELF}")
-    if twice := [text for text in texts if texts.count(text) > 1]:
-        raise RecipeError(f"the calibration text {twice[0]} is named twice", "name it once")
+    named = [
+        text if text == SELF or names_data_set(text) else Path(text).expanduser().resolve() for text in texts
+    ]
+    if twice := [text for text, name in zip(texts, named, strict=True) if named.count(name) > 1]:
+        raise RecipeError(f"the calibration text {twice[-1]} is named twice", "name it once")
     if samples < 2 * len(texts):
         each = "" if len(texts) == 1 else " of each text"
         raise RecipeError(

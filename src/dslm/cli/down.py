@@ -264,7 +264,7 @@ def _print_measured(facts: dict[str, Any]) -> None:
         out.print()
         out.print(columns_table(("perplexity on", "before", "after", ""), perplexity_rows(facts["texts"])))
     if facts["tokens"]:
-        out.print(f"fitted on {facts['tokens']:,} tokens of {facts['origin']}")
+        out.print(f"calibrated on {facts['tokens']:,} tokens of {facts['origin']}")
     if facts["block_errors"]:
         out.print()
         out.print(columns_table(BLOCK_HEADER, block_rows(facts["block_errors"], facts["layers"])))

@@ -273,9 +273,11 @@ def _split(
 def _too_short(reader: _Reader, documents: list[str], origin: str, windows: int) -> RecipeError:
     there = sum(len(reader.ids(document, reader.length * windows)) for document in documents)
     needed = windows * (reader.length - len(reader.start))
+    need = (
+        f"a window of {reader.length} needs" if windows == 1 else f"{windows} windows of {reader.length} need"
+    )
     return RecipeError(
-        f"{origin} has {there} tokens, and {windows} windows of {reader.length} need {needed}",
-        "give a longer text, or ask for shorter windows",
+        f"{origin} has {there} tokens, and {need} {needed}", "give a longer text, or ask for shorter windows"
     )
 
 

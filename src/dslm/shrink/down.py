@@ -50,7 +50,7 @@ class Shrunk:
             without loss.
         errors: relative squared error of the stream after each block, on held-out windows; empty where all went
             without loss.
-        tokens: tokens that were fitted on.
+        tokens: tokens that were calibrated on.
         origin: where the calibration text came from, in words.
         seconds: how long it took.
     """
@@ -192,8 +192,10 @@ def _smaller(
     tensors = planned(source, weights.config, plan.dtype, origins)
     dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in tensors}
     if before == target:
-        models = Stored(source), Kept(weights, dtypes)
-        return _Smaller(weights, everything, _losses(models, checks, device, progress))
+        were, are = (
+            _losses(one, checks, device, progress) for one in (Stored(source), Kept(weights, dtypes))
+        )
+        return _Smaller(weights, everything, _pairs(were, are))
     check_groups(before, target, weights.family, weights.config)
     assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
     asked = plan.calibration
@@ -211,22 +213,28 @@ def _smaller(
     found = approximate(
         weights, target, windows, folder, dtypes=dtypes, recipe=recipe, device=device, progress=progress
     )
-    return _Smaller(found, found.base.layers, found.losses, found.errors, text.train.numel(), text.origin)
+    losses: Mapping[str, tuple[float, float]] = found.losses
+    if isinstance(
+        weights, Folded
+    ):  # what went without loss did so within a tolerance, and the source is what was
+        texts = {"held-out": windows.held_out, **checks}
+        after = {label: pair[1] for label, pair in losses.items()}
+        losses = _pairs(_losses(Stored(source), texts, device, progress), after)
+    return _Smaller(found, found.base.layers, losses, found.errors, text.train.numel(), text.origin)
+
+
+def _pairs(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    return {label: (before[label], after[label]) for label in after}
 
 
 def _losses(
-    models: tuple[Weights, Weights],
-    checks: Mapping[str, torch.Tensor],
-    device: str,
-    progress: Progress | None,
-) -> dict[str, tuple[float, float]]:
-    """Mean nats per token of two models on texts that are only reported."""
+    weights: Weights, texts: Mapping[str, torch.Tensor], device: str, progress: Progress | None
+) -> dict[str, float]:
+    """Mean nats per token of a model on texts that are only reported."""
     found = {}
-    for label, ids in checks.items():
+    for label, ids in texts.items():
         with enough_memory(f"to measure {len(ids)} windows block by block", "lower --sequence-length"):
-            walks = (Walk(weights, walking_device(device)) for weights in models)
-            before, after = (walked_loss(walk, ids, progress) for walk in walks)
-        found[label] = before, after
+            found[label] = walked_loss(Walk(weights, walking_device(device)), ids, progress)
     return found
 
 
@@ -237,5 +245,5 @@ def _figures(removed: Mapping[str, int], smaller: _Smaller) -> dict[str, float |
         for when, loss in (("before", before), ("after", after)):
             figures[f"perplexity on the {text} text, {when}"] = math.exp(loss) if loss < 700 else "infinite"
     if smaller.tokens:
-        figures["tokens fitted on"] = smaller.tokens
+        figures["tokens calibrated on"] = smaller.tokens
     return figures

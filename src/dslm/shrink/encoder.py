@@ -21,6 +21,7 @@ from dslm.shrink.select import choose_channels
 from dslm.shrink.solve import sum_over_processes
 from dslm.shrink.tap import reads_stream, watch
 from dslm.shrink.walk import Walk
+from dslm.shrink.weights import ROWS
 
 
 class Survey(Protocol):
@@ -139,5 +140,8 @@ class _Channels:
 def _share(u_NS: Tensor, weight_YS: Tensor) -> Tensor:
     """Each channel's share of the power of what a matrix computes, over the tokens of all processes."""
     sums_S = sum_over_processes(u_NS.square().sum(dim=0).double())
-    power_S = sums_S * weight_YS.double().square().sum(dim=0)
+    power_S = torch.zeros_like(sums_S)
+    for some_YS in torch.split(weight_YS, ROWS):
+        power_S += some_YS.double().square().sum(dim=0)
+    power_S *= sums_S
     return (power_S / power_S.sum().clamp_min(1e-300)).cpu()

@@ -19,7 +19,7 @@ from dslm.shrink.rotate import Rotation
 from dslm.shrink.solve import Moments, solve
 from dslm.shrink.streams import Streams
 from dslm.shrink.walk import Walk
-from dslm.shrink.weights import table_on_stream
+from dslm.shrink.weights import ROWS, table_on_stream
 
 
 def fit_head(
@@ -67,9 +67,12 @@ def fit_head(
 def _balanced_norm(teacher: Walk, student: Walk, sums: dict[bool, Moments]) -> dict[str, Tensor]:
     """The last norm with the factors that suit a tied table best, kept if they do better on held-out tokens."""
     family = student.weights.family
-    table_VD = teacher.weights.read(family.embedding).double()
-    table_VS = student.weights.read(family.embedding).double()
-    own_SS, cross_SD = table_VS.T @ table_VS, table_VS.T @ table_VD
+    both = [walk.weights.read(family.embedding) for walk in (student, teacher)]
+    own_SS, cross_SD = (torch.zeros(both[0].shape[1], one.shape[1], dtype=torch.float64) for one in both)
+    for some_VS, some_VD in zip(*(torch.split(one, ROWS) for one in both), strict=True):
+        own_SS += some_VS.double().T @ some_VS.double()
+        cross_SD += some_VS.double().T @ some_VD.double()
+    del both
 
     def loss(sums: Moments, factor_S: Tensor) -> float:
         quadratic = factor_S @ (own_SS * sums.gram_XX.cpu()) @ factor_S

@@ -83,7 +83,7 @@ def read_windows(
     progress: Progress | None = None,
 ) -> Windows:
     """The few windows of calibration texts that a search needs; arguments as of `calibration`."""
-    samples = min(samples, _ENOUGH)
+    samples = min(samples, max(_ENOUGH, 2 * len(texts)))
     found = calibration(
         source, texts, samples=samples, length=length, seed=seed, device=device, progress=progress
     )

@@ -21,8 +21,8 @@ from dslm.families.family import Config
 from dslm.shrink.fold import Encoder, Fold, Key, fold_tensor
 from dslm.sizes import Sizes
 
-_ROWS = 4096
-"""Rows of a table that are rounded at once: beside it there are few copies of them."""
+ROWS = 4096
+"""Rows of a table that are rounded, or summed in float64, at once: beside it there are few copies of them."""
 
 
 class Weights(Protocol):
@@ -117,7 +117,8 @@ class Folded:
         weight = fold_tensor(family, line, weight, layer, self.folds, self.stream, family.dimensions(config))
         before, after = Sizes.from_config(family, config), self.sizes
         if name == family.embedding:
-            return weight * table_factor(family, before, after)
+            factor = table_factor(family, before, after)
+            return weight if factor == 1 else weight * factor
         stream = self.stream
         if (
             stream is not None
@@ -206,8 +207,8 @@ def as_kept(name: str, values: Tensor, dtypes: Mapping[str, torch.dtype]) -> Ten
     if name not in dtypes or dtypes[name] == values.dtype:
         return values
     kept = torch.empty_like(values)
-    for start in range(0, len(values), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, len(values), ROWS):
+        rows = slice(start, start + ROWS)
         kept[rows] = stored(name, values[rows], dtypes[name])
     return kept
 

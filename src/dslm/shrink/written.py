@@ -57,7 +57,8 @@ def write_windows(
     """
     where = str(pick_device(device))
     model: Any = None
-    written = torch.zeros(samples, length, dtype=torch.int64)
+    with enough_memory(f"for {samples} windows of {length} tokens", "lower --samples"):
+        written = torch.zeros(samples, length, dtype=torch.int64)
     for begin in range(0, samples, _BATCH):
         rows = written[begin : begin + _BATCH]
         given = [starts[(begin + i) % len(starts)] for i in range(len(rows))]

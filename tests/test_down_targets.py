@@ -179,6 +179,17 @@ def test_mild_cuts_take_layers_and_units_and_leave_heads_and_stream():
     assert 1280 <= best.intermediate_size <= 1408
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("name", "config"), [("llama", SMOLLM2), ("gpt_neox", PYTHIA)], ids=["llama", "gpt_neox"]
+)
+def test_the_search_ends_early_with_what_all_shapes_would_give(name, config, share):
+    wanted = round(share * total(config))
+    every = shrink_candidates(load_family(name), config, wanted, count=10**6)
+    assert len(every) > 6
+    assert shrink_candidates(load_family(name), config, wanted, count=6) == every[:6]
+
+
 @pytest.mark.parametrize("name", family_names())
 def test_every_pico_model_has_candidates_that_can_be_planned(name):
     for variant in pico.PICO[name]:

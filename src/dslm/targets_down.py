@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import insort
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from itertools import groupby
 from math import ceil, lcm, log
+from operator import attrgetter
 
 from dslm.errors import SizeError
 from dslm.families import Family
@@ -174,24 +178,62 @@ def shrink_candidates(
             "down only shrinks; dslm up grows",
         )
     shape = source.replace(tied=False) if untie else source
-    lines = list(_lines(family, config, shape))
-    depths = range(1, source.num_hidden_layers + 1)
-    _check_possible(lines, depths[0], parameters)
-    encoder = "rotated" if family.rotates else "selected"
-    found = [
-        _candidate(shape, line, layers, units, parameters, encoder)
-        for line in lines
-        for layers in depths
-        for units in _unit_counts(shape.intermediate_size, line.units(parameters, layers))
-    ]
-    smaller = [c for c in found if c.parameters < now]
-    ranked = sorted(smaller, key=lambda c: (abs(c.off) > _NEAR, c.score, c.parameters))
-    unique = {c.sizes: c for c in ranked}
-    return list(unique.values())[:count]
+    shapes = _shapes(family, config, shape)
+    _check_possible(_narrowest(family, config, shape, shapes), parameters)
+    damage = partial(_damage, shape, encoder="rotated" if family.rotates else "selected")
+    best = _Best(count)
+    for sizes in sorted(shapes, key=damage):
+        if best.is_beyond(damage(sizes)):  # of this and all that follow
+            break
+        if not _can_be(family, config, shape, sizes):
+            continue
+        line = _line(family, config, sizes)
+        for layers in range(source.num_hidden_layers, 0, -1):
+            if best.is_beyond(damage(sizes.replace(num_hidden_layers=layers))):
+                break
+            for units in _unit_counts(shape.intermediate_size, line.units(parameters, layers)):
+                found = _candidate(line, layers, units, parameters, damage)
+                if found.parameters < now:
+                    best.add(found)
+    return best.candidates
 
 
-def _lines(family: Family, config: Config, source: Sizes) -> Iterator[_Line]:
-    """Every stream and head count to try."""
+class _Best:
+    """So many candidates at most, best first: those near the target by their score, then the others."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._added = count, 0
+        self._kept: list[tuple[bool, float, int, int, Candidate]] = []
+
+    def add(self, candidate: Candidate) -> None:
+        """Take a candidate in, and the worst out if there are too many."""
+        self._added += 1
+        key = abs(candidate.off) > _NEAR, candidate.score, candidate.parameters, self._added
+        insort(self._kept, (*key, candidate))
+        del self._kept[self._count :]
+
+    def is_beyond(self, score: float) -> bool:
+        """Whether a candidate of such a score, or a higher one, would not be kept."""
+        return len(self._kept) == self._count and self._kept[-1][:2] < (False, score)
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        return [kept[-1] for kept in self._kept]
+
+
+def _narrowest(family: Family, config: Config, source: Sizes, shapes: list[Sizes]) -> list[_Line]:
+    """Of each width the heads that make the fewest parameters."""
+    ordered = sorted(shapes, key=lambda s: (s.hidden_size, s.num_attention_heads + s.num_key_value_heads))
+    lines = []
+    for _, same in groupby(ordered, key=attrgetter("hidden_size")):
+        least = next((sizes for sizes in same if _can_be(family, config, source, sizes)), None)
+        if least is not None:
+            lines.append(_line(family, config, least))
+    return lines
+
+
+def _shapes(family: Family, config: Config, source: Sizes) -> list[Sizes]:
+    """Every stream and head count to try, legal or not."""
     step = source.head_dim if family.head_dim == "derived" else 64
     if source.hidden_size < 8 * step and family.head_dim != "derived":
         step = max(1, source.hidden_size // 8)
@@ -203,19 +245,24 @@ def _lines(family: Family, config: Config, source: Sizes) -> Iterator[_Line]:
         ):
             step = lcm(source.num_attention_heads, _ALIGNED)  # 9 heads must divide the stream: 504 = 9 * 56
         widths += sorted({*narrower, *range(step, source.hidden_size, step)}, reverse=True)
-    for width in widths:
-        for heads, kv in head_pairs(source):
-            sizes = source.replace(hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv)
-            if is_legal(family, config, sizes) and _same_tensors(family, config, source, sizes):
-                yield _line(family, config, sizes)
+    return [
+        source.replace(hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv)
+        for width in widths
+        for heads, kv in head_pairs(source)
+    ]
 
 
 def _keeps_heads(family: Family, config: Config, source: Sizes, hidden_size: int) -> bool:
     return is_legal(family, config, source.replace(hidden_size=hidden_size))
 
 
-def _same_tensors(family: Family, config: Config, source: Sizes, target: Sizes) -> bool:
-    """Whether the same tensors exist; OPT has projections only where the table is not as wide as the stream."""
+def _can_be(family: Family, config: Config, source: Sizes, target: Sizes) -> bool:
+    """Whether sizes are legal and the same tensors exist.
+
+    OPT has projections only where the table is not as wide as the stream.
+    """
+    if not is_legal(family, config, target):
+        return False
     both = (family.present(sizes.into_config(family, config)) for sizes in (source, target))
     before, after = (dict(present).keys() for present in both)
     return before == after
@@ -232,13 +279,12 @@ def _line(family: Family, config: Config, sizes: Sizes) -> _Line:
     return _Line(sizes, fixed=one - block - unit, block=block, unit=unit)
 
 
-def _check_possible(lines: list[_Line], layers: int, parameters: int) -> None:
-    least = min(lines, key=lambda line: line.count(layers, 1))
-    smallest, sizes = least.count(layers, 1), least.sizes
+def _check_possible(lines: list[_Line], parameters: int) -> None:
+    least = min(lines, key=lambda line: line.count(1, 1))
+    smallest, sizes = least.count(1, 1), least.sizes
     if parameters < smallest:
-        depth = "1 layer" if layers == 1 else f"{layers} layers"
         raise SizeError(
-            f"{parameters:,} parameters is too few: a table of {sizes.vocab_size:,} x {sizes.hidden_size} and {depth} "
+            f"{parameters:,} parameters is too few: a table of {sizes.vocab_size:,} x {sizes.hidden_size} and 1 layer "
             f"with one FFN unit have {smallest:,}",
             "ask for more, or start from a smaller model",
         )
@@ -256,13 +302,13 @@ def _unit_counts(most: int, exact: float) -> set[int]:
 
 
 def _candidate(
-    source: Sizes, line: _Line, layers: int, units: int, parameters: int, encoder: str
+    line: _Line, layers: int, units: int, parameters: int, damage: Callable[[Sizes], float]
 ) -> Candidate:
     sizes = line.sizes.replace(num_hidden_layers=layers, intermediate_size=units)
     total = line.count(layers, units)
     off = total / parameters - 1
     friendly = next((n for n in FRIENDLY if sizes.hidden_size % n == 0 and units % n == 0), 1)
-    score = abs(off) + _damage(source, sizes, encoder) + _UNFRIENDLY[friendly]
+    score = abs(off) + damage(sizes) + _UNFRIENDLY[friendly]
     return Candidate(sizes, total, off, friendly, score)
 
 

@@ -139,6 +139,11 @@ def test_the_home_folder_is_known_behind_an_option(call, bare, tmp_path, monkeyp
     code, _, err = call("up", bare, "--output=~/wide", "-upm", 2, "-q")
     assert code == 0, err
     assert (tmp_path / "wide" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert call("up", bare, "-o", "~nobody-here", "-upm", 2, "-q")[0] == 0
+    assert (tmp_path / "~nobody-here").is_dir()
+    code, _, err = call("diff", bare, bare, "--text", "~5 apples", "--no-liveness")
+    assert "home directory" not in err
 
 
 def test_a_known_failure_is_one_line_and_1(call, tmp_path):

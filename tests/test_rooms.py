@@ -11,7 +11,7 @@ import dslm
 
 ROOT = Path(dslm.__file__).parent
 ORDER = [
-    {"errors", "progress"},
+    {"errors", "places", "progress"},
     {"families"},
     {"sizes"},
     {"shrink_plan"},

@@ -38,6 +38,14 @@ def ends(family, variant, tmp_path):
     return teacher, student, encoder, streams, wide, read
 
 
+def test_a_tall_table_is_surveyed_some_rows_at_a_time(tmp_path, monkeypatch):
+    teacher = Walk(Stored(shrinking.make_source(tmp_path, "gemma2", "wide-heads-untied")))
+    whole = survey_stream(teacher, pico.tokens(1), tied=False)
+    monkeypatch.setattr("dslm.shrink.encoder.ROWS", 7)
+    parts = survey_stream(teacher, pico.tokens(1), tied=False)
+    assert torch.allclose(whole.scores_S, parts.scores_S, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("family", "variant"), [("llama", "mha"), ("gemma2", "wide-heads-untied"), ("phi", "mha")]
 )
@@ -59,7 +67,10 @@ def test_a_head_of_its_own_is_the_least_squares_of_its_logits(family, variant, t
 
 
 @pytest.mark.parametrize(("family", "variant"), [("llama", "gqa-tied"), ("gemma", "wide-heads")])
-def test_the_norm_before_a_tied_table_is_the_least_squares_of_its_logits(family, variant, tmp_path):
+def test_the_norm_before_a_tied_table_is_the_least_squares_of_its_logits(
+    family, variant, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dslm.shrink.head.ROWS", 7)
     teacher, student, encoder, streams, wide, read = ends(family, variant, tmp_path)
     (name,) = [n for n in student.places if student.weights.family.is_final_norm(n)]
     found = fit_head(teacher, student, encoder, streams, Recipe())[name].double()

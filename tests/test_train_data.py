@@ -137,12 +137,36 @@ def test_where_a_template_writes_earlier_turns_otherwise_each_answer_is_learned_
     assert all(one.whole for one in found)
 
 
+@pytest.mark.parametrize(
+    ("answer", "learned"), [("w12", [12, 12]), ("", [12])], ids=["as the end", "nothing"]
+)
+def test_where_an_answer_begins_does_not_depend_on_what_it_says(tokenizer, answer, learned):
+    tokenizer.chat_template = REMINDS
+    turns = [("system", "w40"), ("user", "w20"), ("assistant", answer)]
+    (found,) = read_tokens(tokenizer, [Row("", tuple({"role": r, "content": c} for r, c in turns))], "tiny")
+    assert found.ids.tolist() == [9, 10, 40, 20, 11, *learned]
+    assert found.ids[found.learned].tolist() == learned
+
+
+def test_all_of_a_conversation_is_on_one_side(tokenizer):
+    tokenizer.chat_template = THINKS
+    rows = [
+        Row("", tuple({"role": r, "content": f"w{40 + n}"} for r in ("user", "assistant") * 3))
+        for n in range(20)
+    ]
+    found = read_tokens(tokenizer, rows, "tiny")
+    assert len(found) == 60
+    sides = [{max(one.ids.tolist()) for one in side} for side in hold_out(found, 0.2, seed=0)]
+    assert len(sides[1]) >= 4
+    assert not sides[0] & sides[1]
+
+
 def test_an_answer_that_a_template_hides_is_refused(tokenizer):
     tokenizer.chat_template = REMINDS.replace("{% else %} {{ m.content }} w12", "{% else %} w30 w12")
     row = Row(
         "", tuple({"role": r, "content": f"w{i + 40}"} for i, r in enumerate(("system", "user", "assistant")))
     )
-    with pytest.raises(RecipeError, match="otherwise than it was said"):
+    with pytest.raises(RecipeError, match="does not write what the assistant says"):
         read_tokens(tokenizer, [row], "tiny")
 
 

@@ -221,7 +221,7 @@ def test_what_a_run_needs_is_neither_dropped_nor_replaced(what, call, model, dat
     before = sorted(tmp_path.rglob("*"))
     code, _, err = call("train", started, "-o", out, *options, *QUICK, "--overwrite")
     assert code == 1
-    assert re.search("the run needs .*, and .* is replaced or dropped when it is over", one_line(err))
+    assert re.search("the run needs .*, and .* is replaced or dropped by it", one_line(err))
     assert sorted(tmp_path.rglob("*")) == before
 
 

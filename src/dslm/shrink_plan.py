@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from math import log
-from pathlib import Path
 from typing import Any
 
 from dslm.errors import RecipeError, SizeError
 from dslm.families import Family
 from dslm.families.family import Config
+from dslm.places import expanded
 from dslm.sizes import WORDS, Sizes, check_legal, is_legal
 
 SHRUNK = (
@@ -238,9 +238,7 @@ def check_texts(texts: Sequence[str], samples: int) -> None:
         raise RecipeError("no calibration text is named", f"name some; {SELF}: the model writes it")
     if not all(text.strip() for text in texts):
         raise RecipeError("the name of a calibration text is empty", f"name a file, a data set, or {SELF}")
-    named = [
-        text if text == SELF or names_data_set(text) else Path(text).expanduser().resolve() for text in texts
-    ]
+    named = [text if text == SELF or names_data_set(text) else expanded(text).resolve() for text in texts]
     if twice := [text for text, name in zip(texts, named, strict=True) if named.count(name) > 1]:
         raise RecipeError(f"the calibration text {twice[-1]} is named twice", "name it once")
     if samples < 2 * len(texts):
@@ -266,7 +264,7 @@ def check_calibration(calibration: Mapping[str, Any]) -> None:
 
 def names_data_set(text: str) -> bool:
     """Whether a text is a data set on the hub, ``owner/name`` or ``owner/name:configuration``, and not like a file."""
-    path = Path(text).expanduser()
+    path = expanded(text)
     return bool(_HUB_ID.fullmatch(text)) and path.suffix.lower() not in _TEXT_FILES and not path.exists()
 
 

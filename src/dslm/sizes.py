@@ -85,7 +85,8 @@ class Sizes:
         heads = ("num_attention_heads", "num_key_value_heads")
         given = {word: named[word] for word in heads if word in named}
         if "kv_heads" not in family.size_keys and len(given) == 1:
-            named = {**named, **dict.fromkeys(heads, *given.values())}
+            (count,) = given.values()
+            named = {**named, **dict.fromkeys(heads, count)}
         return self.replace(**named)
 
     def as_dict(self) -> dict[str, int | bool]:

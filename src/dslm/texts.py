@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dslm.errors import MissingExtraError, RecipeError
+from dslm.places import expanded
 from dslm.progress import Progress
 from dslm.shrink_plan import names_data_set
 
@@ -63,7 +64,7 @@ def read_rows(source: str, characters: int, progress: Progress | None = None) ->
     """
     if not source.strip():
         raise RecipeError("the name of a text is empty", "name a file, a folder, or a data set's owner/name")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return _folder_rows(path, progress), f"the folder {source}"
     if names_data_set(source):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from dslm.checkpoint.gguf import open_demo, open_gguf
 from dslm.checkpoint.hub import open_hub
 from dslm.checkpoint.reader import Checkpoint, open_folder
 from dslm.errors import CheckpointError
+from dslm.places import expanded
 
 _DEMO = "demo:"
 _LOOKS_LOCAL = ("/", "./", "../", "~")
@@ -37,7 +37,7 @@ def open_checkpoint(
         raise CheckpointError("the name of a model is empty", "give a path, a hub id, or demo:smollm2-135m")
     if model.startswith(_DEMO):
         return open_demo(model.removeprefix(_DEMO), progress=progress)
-    path = Path(model).expanduser()
+    path = expanded(model)
     if model.lower().endswith(".gguf"):
         return open_gguf(path, progress=progress)
     if path.exists() or model.startswith(_LOOKS_LOCAL) or model in (".", ".."):

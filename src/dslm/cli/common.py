@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dslm.cli import interrupt
+from dslm.places import expanded
 from dslm.progress import Progress
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Place(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
-        return Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
+        return expanded(os.fsdecode(super().convert(value, param, ctx)))
 
 
 adapter_option = click.option(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dslm.cli.common import console, open_model, output_options, print_json, progress_bar
+from dslm.places import expanded
 from dslm.report.tables import columns_table
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _read_text(text: str | None) -> str | None:
     """The contents of a file, or the text itself where it cannot be meant as a file."""
     if text is None:
         return None
-    path = Path(text).expanduser()
+    path = expanded(text)
     try:
         is_file, is_there = path.is_file(), path.exists()
     except OSError:  # too long for the name of a file

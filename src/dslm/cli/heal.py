@@ -12,6 +12,7 @@ import click
 from dslm.checkpoint.reader import Checkpoint
 from dslm.cli.common import progress_bar, remark, tell_evaluation
 from dslm.errors import DslmError, RecipeError, VerificationError
+from dslm.places import expanded
 from dslm.plan import Plan
 from dslm.shrink_plan import SELF, names_data_set
 from dslm.targets import parse_count
@@ -44,7 +45,7 @@ def check_healing(tokens: str | None, data: tuple[str, ...], out: Path | None, *
     if out is not None:
         check_run(run_folder(out), resume=False, overwrite=overwrite)
     for source in data:
-        if not names_data_set(source) and not Path(source).expanduser().exists():
+        if not names_data_set(source) and not expanded(source).exists():
             raise RecipeError(
                 f"there is no file {source}", "give a text file or a data set's owner/name[:configuration]"
             )

@@ -87,13 +87,20 @@ def main() -> None:
     # Imports make hundreds of thousands of objects that all stay; looking through them for garbage again and again
     # takes a fifth of the time that torch and transformers need to import.
     gc.set_threshold(100_000, 50, 1000)
-    # Threads of OpenMP that wait for each other keep their cores busy for milliseconds, in which a machine with other
-    # work lets nobody go on: small steps then take twice as long. Some ten microseconds are enough where there is none.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    _wait_shortly()
     code = run(sys.argv[1:])
     gc.freeze()  # nor need the interpreter look through them once more before it ends
     sys.exit(code)
+
+
+def _wait_shortly() -> None:
+    """Let threads of OpenMP that wait for each other keep their cores busy for a few tenths of a millisecond only.
+
+    As GNU's OpenMP is set otherwise that is milliseconds, in which a machine with other work lets nobody go on: small
+    steps then take twice as long. It reads its settings when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -129,7 +136,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _check_encoding(argument: str) -> None:
-    """Refuse bytes that are no text, which no tokenizer and no record could hold.
+    """Refuse bytes that are no text, in a path too: no tokenizer and no record could hold them.
 
     Raises:
         click.UsageError: there are some.

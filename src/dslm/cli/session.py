@@ -17,6 +17,7 @@ from dslm.cli import interrupt
 from dslm.cli.answers import Screen
 from dslm.cli.sampling import NUMBERS
 from dslm.errors import DslmError
+from dslm.places import expanded
 from dslm.sampler import Sampling
 
 log = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ def _param(word: str) -> tuple[str, Any]:
 def _path(file: str, command: str) -> Path:
     if not file:
         raise DslmError(f"{command} needs the name of a file", f"such as {command} talk.json")
-    return Path(file).expanduser()
+    return expanded(file)
 
 
 def _count(exchanges: int) -> str:

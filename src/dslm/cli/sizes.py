@@ -10,6 +10,7 @@ import click
 
 from dslm.cli.common import Place, open_model
 from dslm.errors import RecipeError
+from dslm.places import expanded
 from dslm.report.tables import short_count
 from dslm.sizes import Sizes, count_parameters, differing
 
@@ -52,7 +53,7 @@ def size_options(words: Sequence[str]) -> Callable[[Any], Any]:
 
 def recorded_name(model: str, source: Checkpoint) -> str:
     """What card and record call the source: as it was named, except that the place of a file is nobody's business."""
-    is_place = Path(model).expanduser().exists() or model.lower().endswith(".gguf")
+    is_place = expanded(model).exists() or model.lower().endswith(".gguf")
     return source.name if is_place else model
 
 

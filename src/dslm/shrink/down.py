@@ -192,9 +192,8 @@ def _smaller(
     tensors = planned(source, weights.config, plan.dtype, origins)
     dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in tensors}
     if before == target:
-        were, are = (
-            _losses(one, checks, device, progress) for one in (Stored(source), Kept(weights, dtypes))
-        )
+        were = _losses(Stored(source), checks, device, progress)
+        are = _losses(Kept(weights, dtypes), checks, device, progress)
         return _Smaller(weights, everything, _pairs(were, are))
     check_groups(before, target, weights.family, weights.config)
     assert plan.calibration is not None, "a plan that shrinks says what to calibrate on"
@@ -214,9 +213,8 @@ def _smaller(
         weights, target, windows, folder, dtypes=dtypes, recipe=recipe, device=device, progress=progress
     )
     losses: Mapping[str, tuple[float, float]] = found.losses
-    if isinstance(
-        weights, Folded
-    ):  # what went without loss did so within a tolerance, and the source is what was
+    # What went without loss did so within a tolerance, and the source is what was before.
+    if isinstance(weights, Folded):
         texts = {"held-out": windows.held_out, **checks}
         after = {label: pair[1] for label, pair in losses.items()}
         losses = _pairs(_losses(Stored(source), texts, device, progress), after)

@@ -67,12 +67,12 @@ def fit_head(
 def _balanced_norm(teacher: Walk, student: Walk, sums: dict[bool, Moments]) -> dict[str, Tensor]:
     """The last norm with the factors that suit a tied table best, kept if they do better on held-out tokens."""
     family = student.weights.family
-    both = [walk.weights.read(family.embedding) for walk in (student, teacher)]
-    own_SS, cross_SD = (torch.zeros(both[0].shape[1], one.shape[1], dtype=torch.float64) for one in both)
-    for some_VS, some_VD in zip(*(torch.split(one, ROWS) for one in both), strict=True):
+    table_VS, table_VD = (walk.weights.read(family.embedding) for walk in (student, teacher))
+    own_SS = torch.zeros(table_VS.shape[1], table_VS.shape[1], dtype=torch.float64)
+    cross_SD = torch.zeros(table_VS.shape[1], table_VD.shape[1], dtype=torch.float64)
+    for some_VS, some_VD in zip(torch.split(table_VS, ROWS), torch.split(table_VD, ROWS), strict=True):
         own_SS += some_VS.double().T @ some_VS.double()
         cross_SD += some_VS.double().T @ some_VD.double()
-    del both
 
     def loss(sums: Moments, factor_S: Tensor) -> float:
         quadratic = factor_S @ (own_SS * sums.gram_XX.cpu()) @ factor_S

@@ -29,7 +29,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _WINDOWS = 8
 """Windows that are embedded at once."""
 _LOGITS = 2**26
-"""Logits at once when a loss is taken: 256 MiB. With smaller pieces a vocabulary of 262,144 takes longer."""
+"""Logits at once when a loss is taken: 256 MiB, and as much for their logarithms. With smaller pieces a vocabulary of
+262,144 takes longer."""
 
 
 def walking_device(name: str) -> torch.device:

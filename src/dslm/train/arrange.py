@@ -98,9 +98,11 @@ def arrange(
         logging_nan_inf_filter=False,
         seed=asked.seed,
         data_seed=asked.seed,
-        use_cache=getattr(model.config, "use_cache", None),  # as it was: checkpoints are models by themselves
+        use_cache=model.config.use_cache,  # as it was: checkpoints are models by themselves
         report_to=[],
-        ddp_find_unused_parameters=False,  # each one takes part in each step
+        ddp_find_unused_parameters=bool(
+            getattr(model.config, "layerdrop", 0)
+        ),  # otherwise all take part in each step
         disable_tqdm=True,
         remove_unused_columns=False,
         include_num_input_tokens_seen="all",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from dslm.texts import Row
 from dslm.train.loss import IGNORED
 
 _LENGTH_OF_TRIAL = 4
+_MARK = "\N{REFERENCE MARK}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,14 +34,16 @@ class Document:
         ids: int32 ``[T]``.
         learned: bool ``[T]``, the tokens that the model should learn to say.
         whole: it must not be cut (a conversation, unless it is longer than a block).
+        joined: it is of the same conversation as the document before it.
     """
 
     ids: NDArray[np.int32]
     learned: NDArray[np.bool_]
     whole: bool
+    joined: bool = False
 
     def __getitem__(self, part: slice) -> Document:
-        return Document(self.ids[part], self.learned[part], self.whole)
+        return Document(self.ids[part], self.learned[part], self.whole, self.joined)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -126,47 +129,57 @@ def _conversation(tokenizer: Any, row: Row) -> list[Document]:
             f"{row.where} has a turn that is not text", "leave out calls of tools, and pictures"
         )
 
-    def written(end: int, *, prompt: bool) -> str:
+    def written(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> str:
         text: str = tokenizer.apply_chat_template(
-            list(row.messages[:end]), add_generation_prompt=prompt, tokenize=False
+            list(messages), add_generation_prompt=prompt, tokenize=False
         )
         return text
 
-    turns = [end for end, message in enumerate(row.messages) if message["role"] == "assistant"]
-    parts: list[tuple[str, bool]] = []
+    said = row.messages
+    turns = [end for end, message in enumerate(said) if message["role"] == "assistant"]
     try:
-        for end in turns:
-            parts.append((written(end, prompt=True) if end else "", False))
-            parts.append((written(end + 1, prompt=False), True))
-        whole = [*parts, (written(len(row.messages), prompt=False), False)]
+        asked = [written(said[:end], prompt=True) if end else "" for end in turns]
+        answered = [written(said[: end + 1]) for end in turns]
+        parts = [
+            part
+            for pair in zip(asked, answered, strict=True)
+            for part in zip(pair, (False, True), strict=True)
+        ]
+        whole = [*parts, (written(said), False)]
         if all(longer.startswith(text) for (text, _), (longer, _) in pairwise(whole)):
             return [_grown(tokenizer, whole)]
-        contents = [row.messages[end]["content"] for end in turns]
-        asked, answered = ([text for text, _ in parts[first::2]] for first in (0, 1))
-        answers = [_answer(*texts) for texts in zip(asked, answered, contents, strict=True)]
+        marked = [written([*said[:end], {**said[end], "content": _MARK}]) for end in turns]
+        answers = [_answer(*texts) for texts in zip(asked, answered, marked, strict=True)]
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         why = " ".join(str(error).split())
         raise RecipeError(f"the chat template refuses {row.where}: {why}", "mend that row") from error
-    return [
+    documents = [
         _grown(tokenizer, [(text, False), (text + answer, True)])
         for text, answer in zip(asked, answers, strict=True)
     ]
+    return [replace(document, joined=number > 0) for number, document in enumerate(documents)]
 
 
-def _answer(asked: str, answered: str, content: str) -> str:
+def _answer(asked: str, answered: str, marked: str) -> str:
     """What a template adds for an answer, behind what it writes to ask for it.
 
-    Mistral's writes the system's text only while a question is the last turn: then the content tells where it begins.
+    Mistral's writes the system's text only while a question is the last turn. Then one with another answer, ``marked``,
+    tells where answers begin.
 
     Raises:
-        ValueError: the content is not to be found.
+        ValueError: the template does not write the answer.
     """
     if answered.startswith(asked):
         return answered[len(asked) :]
-    before, found, _ = answered.rpartition(content.strip())
-    if not found:
-        raise ValueError("it writes an answer otherwise than it was said")
-    return answered[len(before.rstrip()) :]
+    if answered == marked:
+        raise ValueError("it does not write what the assistant says")
+    return answered[len(answered[: _same(answered, marked)].rstrip()) :]
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How far two sequences are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _grown(tokenizer: Any, parts: Sequence[tuple[str, bool]]) -> Document:
@@ -175,8 +188,7 @@ def _grown(tokenizer: Any, parts: Sequence[tuple[str, bool]]) -> Document:
     learned: list[bool] = []
     for text, said in parts:
         longer: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        pairs = enumerate(zip(ids, longer, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(longer)))
+        same = _same(ids, longer)
         ids, learned = longer, [*learned[:same], *[said] * (len(longer) - same)]
     return Document(np.array(ids, dtype=np.int32), np.array(learned, dtype=bool), whole=True)
 
@@ -185,20 +197,27 @@ def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[li
     """Documents to train on and a share of the tokens to evaluate on, drawn by documents.
 
     The document where the share is full is cut in two, so that a single long one can be divided as well; a
-    conversation is not.
+    conversation is not, and all documents of one are on the same side.
     """
-    order = list(documents)
+    order: list[list[Document]] = []
+    for document in documents:
+        if document.joined and order:
+            order[-1].append(document)
+        else:
+            order.append([document])
     random.Random(seed).shuffle(order)
-    wanted = round(share * sum(map(len, order)))
+    wanted = round(share * sum(map(len, documents)))
     kept: list[Document] = []
     while order and wanted > 0:
         last = order.pop()
-        if len(last) > wanted and not last.whole:
-            order.append(last[: len(last) - wanted])
-            last = last[len(last) - wanted :]
-        wanted -= len(last)
-        kept.append(last)
-    return order, kept
+        size = sum(map(len, last))
+        if size > wanted and not last[0].whole:
+            (text,) = last
+            order.append([text[: size - wanted]])
+            last = [text[size - wanted :]]
+        wanted -= sum(map(len, last))
+        kept += last
+    return [document for some in order for document in some], kept
 
 
 def pack(documents: Sequence[Document], length: int, *, filler: int, apart: bool) -> Blocks:

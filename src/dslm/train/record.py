@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from dslm.places import expanded
 from dslm.train.settings import Training
 
 _WHAT = {"full": "all weights", "lora": "adapters", "qlora": "adapters on four-bit weights"}
@@ -81,5 +82,5 @@ def _command(asked: Training, settings: dict[str, Any], base: str) -> str:
 
 def _name(source: str) -> str:
     """A data set or a model by its id, a file or folder by its name: where it lies is nobody's business."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path.name if path.exists() else source

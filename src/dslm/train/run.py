@@ -22,6 +22,7 @@ from dslm.errors import RecipeError
 from dslm.families import Tensor
 from dslm.grow.maps import Growth
 from dslm.load import check_token_ids, load_model, load_tokenizer, need, silence_transformers
+from dslm.places import expanded
 from dslm.progress import Progress
 from dslm.shrink_plan import names_data_set
 from dslm.texts import CHARACTERS, read_rows
@@ -82,7 +83,7 @@ def train_checkpoint(
 
     nbytes = 0 if asked.adapts and not asked.merge else checkpoint.nbytes
     check_output(out, None if in_place else checkpoint.folder, nbytes, overwrite=overwrite or in_place)
-    read = [Path(place).expanduser() for place in (*asked.data, asked.eval_data, asked.teacher) if place]
+    read = [expanded(place) for place in (*asked.data, asked.eval_data, asked.teacher) if place]
     check_untouched([out, run_folder(out)], read)
     check_untouched([run_folder(out)], [checkpoint.folder] if checkpoint.folder else [])
     from accelerate import PartialState

@@ -99,7 +99,7 @@ def check_untouched(folders: Sequence[Path], used: Sequence[Path]) -> None:
         for path in used:
             if path.exists() and path.resolve().is_relative_to(folder.resolve()):
                 raise CheckpointError(
-                    f"the run needs {path}, and {folder} is replaced or dropped when it is over",
+                    f"the run needs {path}, and {folder} is replaced or dropped by it",
                     "choose another place with -o",
                 )
 

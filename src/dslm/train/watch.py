@@ -110,7 +110,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Forget what an earlier attempt wrote behind the checkpoint that this one goes on from."""
         self._begin, self._first = time.monotonic(), state.num_input_tokens_seen
         if state.is_world_process_zero:
-            kept = [line for line in read_metrics(self.path) if 0 < state.global_step >= line["step"]]
+            step = state.global_step
+            kept = [line for line in read_metrics(self.path) if step > 0 and line["step"] <= step]
             self._before = kept[-1]["seconds"] if kept else 0.0
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from dslm.errors import MissingExtraError, RecipeError
 from dslm.load import first_line
+from dslm.places import expanded
 from dslm.progress import Progress
 
 _DECLARES = re.compile(r"^(task|group)[ \t]*:", re.MULTILINE)
@@ -91,7 +92,7 @@ def _specs(name: str) -> list[str]:
     """What lm-eval is to be asked for: a name, or paths."""
     if not _is_path(name):
         return [name]
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         files = sorted(path.glob("*.yaml"))
         found = [str(file) for file in files if _DECLARES.search(_content(file))]

@@ -70,13 +70,10 @@ class Report:
             return "identical"
         if is_rounding(self.comparison, self.floor):
             return "same"
-        coarse = self.storage
         # Where weights are coarse even a few times the largest difference may be a real one, so the mean decides too.
-        if (
-            coarse
-            and is_rounding(self.comparison, coarse)
-            and self.comparison.kl <= STORAGE_FACTOR * coarse.kl
-        ):
+        once = self.storage
+        kl = STORAGE_FACTOR * once.kl if once is not None else 0.0
+        if once is not None and is_rounding(self.comparison, once) and self.comparison.kl <= kl:
             return "rounded"
         return "close" if self.comparison.kl < _CLOSE_KL else "different"
 

@@ -279,7 +279,7 @@ def test_sizes_that_are_too_small_are_refused(plain, sizes, said, source):
 
 def test_check_windows_refuses_too_little(plain, tmp_path):
     (tmp_path / "a.txt").write_text(words(20))
-    with pytest.raises(RecipeError, match="has 20 tokens, and 1 windows of 32 need 32"):
+    with pytest.raises(RecipeError, match="has 20 tokens, and a window of 32 needs 32"):
         check_windows(plain, tmp_path / "a.txt", length=32, limit=4)
     with pytest.raises(RecipeError, match="0 windows are too few"):
         check_windows(plain, tmp_path / "a.txt", length=32, limit=0)

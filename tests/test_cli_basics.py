@@ -142,7 +142,7 @@ def test_the_home_folder_is_known_behind_an_option(call, bare, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert call("up", bare, "-o", "~nobody-here", "-upm", 2, "-q")[0] == 0
     assert (tmp_path / "~nobody-here").is_dir()
-    code, _, err = call("diff", bare, bare, "--text", "~5 apples", "--no-liveness")
+    *_, err = call("diff", bare, bare, "--text", "~5 apples", "--no-liveness")
     assert "home directory" not in err
 
 

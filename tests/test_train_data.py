@@ -1,6 +1,7 @@
 """Blocks of tokens: what is packed where, what is learned, what is held out."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,6 +160,12 @@ def test_all_of_a_conversation_is_on_one_side(tokenizer):
     sides = [{max(one.ids.tolist()) for one in side} for side in hold_out(found, 0.2, seed=0)]
     assert len(sides[1]) >= 4
     assert not sides[0] & sides[1]
+
+
+def test_a_turn_whose_first_one_was_too_short_to_learn_is_not_of_the_text_before_it():
+    text, turn = document(5, 6, 7, 8), replace(document(9, 10, whole=True), joined=True)
+    train, held_out = hold_out([text, turn], 0.5, seed=0)
+    assert sorted(i for one in (*train, *held_out) for i in one.ids.tolist()) == [5, 6, 7, 8, 9, 10]
 
 
 def test_an_answer_that_a_template_hides_is_refused(tokenizer):

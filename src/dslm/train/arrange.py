@@ -100,9 +100,8 @@ def arrange(
         data_seed=asked.seed,
         use_cache=model.config.use_cache,  # as it was: checkpoints are models by themselves
         report_to=[],
-        ddp_find_unused_parameters=bool(
-            getattr(model.config, "layerdrop", 0)
-        ),  # otherwise all take part in each step
+        # Unless layers are left out at random, every parameter takes part in every step.
+        ddp_find_unused_parameters=bool(getattr(model.config, "layerdrop", 0)),
         disable_tqdm=True,
         remove_unused_columns=False,
         include_num_input_tokens_seen="all",

@@ -140,14 +140,12 @@ def _conversation(tokenizer: Any, row: Row) -> list[Document]:
     try:
         asked = [written(said[:end], prompt=True) if end else "" for end in turns]
         answered = [written(said[: end + 1]) for end in turns]
-        parts = [
-            part
-            for pair in zip(asked, answered, strict=True)
-            for part in zip(pair, (False, True), strict=True)
-        ]
-        whole = [*parts, (written(said), False)]
-        if all(longer.startswith(text) for (text, _), (longer, _) in pairwise(whole)):
-            return [_grown(tokenizer, whole)]
+        parts: list[tuple[str, bool]] = []
+        for before, after in zip(asked, answered, strict=True):
+            parts += [(before, False), (after, True)]
+        parts.append((written(said), False))
+        if all(longer.startswith(text) for (text, _), (longer, _) in pairwise(parts)):
+            return [_grown(tokenizer, parts)]
         marked = [written([*said[:end], {**said[end], "content": _MARK}]) for end in turns]
         answers = [_answer(*texts) for texts in zip(asked, answered, marked, strict=True)]
     except (TemplateError, ValueError, TypeError, KeyError) as error:
@@ -201,7 +199,7 @@ def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[li
     """
     order: list[list[Document]] = []
     for document in documents:
-        if document.joined and order:
+        if document.joined and order and order[-1][-1].whole:
             order[-1].append(document)
         else:
             order.append([document])

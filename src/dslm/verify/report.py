@@ -70,10 +70,7 @@ class Report:
             return "identical"
         if is_rounding(self.comparison, self.floor):
             return "same"
-        # Where weights are coarse even a few times the largest difference may be a real one, so the mean decides too.
-        once = self.storage
-        kl = STORAGE_FACTOR * once.kl if once is not None else 0.0
-        if once is not None and is_rounding(self.comparison, once) and self.comparison.kl <= kl:
+        if self.storage is not None and _is_stored_anew(self.comparison, self.storage):
             return "rounded"
         return "close" if self.comparison.kl < _CLOSE_KL else "different"
 
@@ -117,6 +114,14 @@ class Report:
 def is_rounding(found: Comparison, floor: Comparison) -> bool:
     """Whether a difference is no more than a few times what rounding does."""
     return found.relative_difference <= FLOOR_FACTOR * max(floor.relative_difference, _LEAST_FLOOR)
+
+
+def _is_stored_anew(found: Comparison, storage: Comparison) -> bool:
+    """Whether a difference is no more than one more rounding of the weights explains.
+
+    Where they are coarse even a few times the largest difference may be a real one, so the mean decides too.
+    """
+    return is_rounding(found, storage) and found.kl <= STORAGE_FACTOR * storage.kl
 
 
 def compare_checkpoints(
